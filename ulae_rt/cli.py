@@ -1,0 +1,111 @@
+"""The console script: one subcommand a module, one place that turns errors into lines."""
+
+import argparse
+import importlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from ulae_rt import __version__
+from ulae_rt.errors import UlaeError, UsageError
+
+# Name -> (module, one-line help). Modules load only when their command runs, so that `--help`
+# and `register --engine` never pay for torch or for the exporter.
+COMMANDS = {
+    "register": ("ulae_rt.register", "register one pair of NIfTI files"),
+    "prepare": ("ulae_rt.prepare", "bring scans to the training grid of a template"),
+    "train": ("ulae_rt.train", "train the network from a configuration file"),
+    "export": ("ulae_rt.export.cli", "turn weights into verified inference engines"),
+    "doctor": ("ulae_rt.doctor", "say what can run on this machine, and why the rest cannot"),
+}
+
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with this project's ``error:`` and ``hint:`` lines."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        print(f"hint: see '{self.prog} -h'", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class Report:
+    """Where a command says what it did: standard output, or nowhere under ``--json``."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def __call__(self, line: str = "") -> None:
+        if self.enabled:
+            print(line, flush=True)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Parse ``argv``, run one subcommand, turn its errors into two lines and a status.
+
+    A command's module defines ``add_arguments(parser)`` and ``run(arguments, report) -> dict``:
+    it says what it did line by line through ``report``; the dictionary is what ``--json`` prints.
+
+    Returns:
+        0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = _Parser(prog=prog or f"python -m ulae_rt.{name}", description=module.__doc__)
+    module.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    arguments = parser.parse_args(argv)
+    return _guarded(module.run, arguments)
+
+
+def _guarded(
+    run: Callable[[argparse.Namespace, Report], dict[str, Any]], arguments: argparse.Namespace
+) -> int:
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, _interrupt)  # a stopped job unwinds and removes its half files
+    report = Report(enabled=not arguments.json)
+    try:
+        result = run(arguments, report)
+    except UlaeError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 1
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``ulae-rt``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(
+        prog="ulae-rt",
+        description="Learned deformable registration of brain scans.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+        + "\n\n'ulae-rt COMMAND -h' explains each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ulae-rt {__version__}")
+    parser.add_argument("command", choices=sorted(COMMANDS), metavar="COMMAND")
+    arguments = parser.parse_args(argv[:1])
+    return run_command(arguments.command, argv[1:], prog=f"ulae-rt {arguments.command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Every environment variable the package reads, in one place (README lists them)."""
+
+import os
+
+from ulae_rt.errors import UsageError
+
+KERNEL_CHOICES = ("auto", "reference", "triton")
+
+
+def kernels() -> str:
+    """``ULAE_RT_KERNELS``: which implementation of the ops runs, ``auto`` by default."""
+    choice = os.environ.get("ULAE_RT_KERNELS", "auto")
+    if choice not in KERNEL_CHOICES:
+        raise UsageError(
+            f"ULAE_RT_KERNELS is {choice!r}, expected one of {', '.join(KERNEL_CHOICES)}",
+            "unset it to let the device decide",
+        )
+    return choice
+
+
+def data_dir() -> str | None:
+    """``ULAE_RT_DATA``: the folder with the evaluation data that tests and benches use."""
+    return os.environ.get("ULAE_RT_DATA")
