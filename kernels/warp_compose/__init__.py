@@ -1,0 +1,1 @@
+"""The op ``warp_compose``."""

@@ -1,0 +1,68 @@
+"""What every op asks of its arguments, with messages that say expected and got."""
+
+from torch import Tensor
+
+from ulae_rt import env
+from ulae_rt.errors import BackendUnavailable, DtypeError, ShapeError, UsageError
+
+
+def check_backend() -> None:
+    """Refuse ``ULAE_RT_KERNELS=triton`` for as long as there is no Triton kernel to honour it."""
+    if env.kernels() == "triton":
+        raise BackendUnavailable(
+            "ULAE_RT_KERNELS=triton was asked for, and this version has no Triton kernels",
+            "unset ULAE_RT_KERNELS to use the reference ops",
+        )
+
+
+def check_volume(op: str, name: str, x: Tensor) -> None:
+    """``x`` is a floating (B, C, D, H, W) tensor."""
+    if x.ndim != 5:
+        raise ShapeError(
+            f"{op}: {name} has shape {tuple(x.shape)}, expected (B, C, D, H, W)",
+            "add the batch and channel axes",
+        )
+    if not x.is_floating_point():
+        raise DtypeError(
+            f"{op}: {name} is {x.dtype}, expected a floating type", f"convert it: {name}.float()"
+        )
+    if 0 in x.shape:
+        raise ShapeError(f"{op}: {name} has shape {tuple(x.shape)}, expected no empty axis")
+
+
+def check_displacement(op: str, name: str, disp: Tensor, like: Tensor | None = None) -> None:
+    """``disp`` is a floating (B, 3, D, H, W) tensor, on ``like``'s batch, grid and device."""
+    check_volume(op, name, disp)
+    shape = like.shape if like is not None else disp.shape
+    expected = (shape[0], 3, *shape[2:])
+    if tuple(disp.shape) != expected:
+        raise ShapeError(
+            f"{op}: {name} has shape {tuple(disp.shape)}, expected {expected}",
+            "a displacement has 3 components and the batch and grid of what it warps",
+        )
+    if like is not None and disp.device != like.device:
+        raise ShapeError(
+            f"{op}: {name} is on {disp.device}, expected {like.device}", "move one to the other"
+        )
+
+
+def check_same(op: str, x: Tensor, y: Tensor) -> None:
+    """``y`` has ``x``'s shape and device."""
+    if x.shape != y.shape:
+        raise ShapeError(
+            f"{op}: y has shape {tuple(y.shape)}, expected {tuple(x.shape)} as x", "crop or resample"
+        )
+    if x.device != y.device:
+        raise ShapeError(f"{op}: y is on {y.device}, expected {x.device} as x", "move one")
+
+
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UsageError(f"{op}: {name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def check_window(op: str, window: int) -> None:
+    """``window`` is a positive odd integer."""
+    if window < 1 or window % 2 == 0:
+        raise UsageError(f"{op}: window is {window}, expected a positive odd integer")

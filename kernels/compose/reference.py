@@ -1,0 +1,10 @@
+"""Specification of ``compose`` in plain torch."""
+
+from torch import Tensor
+
+from ulae_rt.kernels.warp.reference import warp_reference
+
+
+def compose_reference(disp_a: Tensor, disp_b: Tensor) -> Tensor:
+    """``disp_a(p + disp_b(p)) + disp_b(p)``; see :func:`ulae_rt.kernels.compose`."""
+    return warp_reference(disp_a, disp_b, padding="zeros", mode="linear") + disp_b

@@ -1,0 +1,64 @@
+"""Specification of ``lncc`` and ``multi_window_lncc`` in plain torch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+
+def _axis_sums(x: Tensor, window: int, axis: int) -> Tensor:
+    """Sums of ``window`` neighbours along one spatial axis, zero outside."""
+    radius = window // 2
+    size = x.shape[axis]
+    padded = F.pad(x, [0, 0] * (4 - axis) + [radius, radius])
+    out = padded.narrow(axis, 0, size).clone()
+    for offset in range(1, window):
+        out += padded.narrow(axis, offset, size)
+    return out
+
+
+class _BoxSum(torch.autograd.Function):
+    """Sum over a window^3 box with zero padding.
+
+    Three passes of shifted additions: no running sum, so no drift, and no window^3 convolution.
+    The box is symmetric, so the adjoint is the operation itself.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, window: int) -> Tensor:
+        ctx.window = window  # type: ignore[attr-defined]
+        for axis in (2, 3, 4):
+            x = _axis_sums(x, window, axis)
+        return x
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _BoxSum.apply(grad, ctx.window), None  # type: ignore[attr-defined]
+
+
+def box_sum(x: Tensor, window: int) -> Tensor:
+    """(B, C, D, H, W) to the same shape: the sum over a window^3 box, zero outside."""
+    return _BoxSum.apply(x, window)
+
+
+def multi_window_lncc_reference(
+    x: Tensor, y: Tensor, *, windows: Sequence[int], eps: float
+) -> Tensor:
+    """(K,) means of cc; see :func:`ulae_rt.kernels.multi_window_lncc` for the contract."""
+    accumulate = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y = x.to(accumulate), y.to(accumulate)
+    channels = x.shape[1]
+    moments = torch.cat((x, y, x * y, x * x, y * y), dim=1)
+    means = []
+    for window in windows:
+        n = window**3
+        s_x, s_y, s_xy, s_xx, s_yy = box_sum(moments, window).split(channels, dim=1)
+        cross = s_xy - s_x * s_y / n
+        # Neither variance is negative but by rounding; a negative one times eps-sized noise
+        # would bring the denominator to zero.
+        var_x = (s_xx - s_x * s_x / n).clamp_min(0)
+        var_y = (s_yy - s_y * s_y / n).clamp_min(0)
+        means.append((cross * cross / (var_x * var_y + eps)).mean())
+    return torch.stack(means)

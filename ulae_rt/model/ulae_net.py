@@ -1,0 +1,305 @@
+"""ULAE-net: uncoupled encoder, accumulative decoder, both published variants."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ulae_rt.conventions import SIZE_MULTIPLE
+from ulae_rt.errors import ShapeError, UsageError
+from ulae_rt.kernels import compose, warp, warp_compose
+from ulae_rt.model.blocks import (
+    ConvBlock,
+    MovingBlock,
+    as_features,
+    conv3d,
+    resize_displacement,
+    upsample2,
+)
+
+VARIANTS = ("paper", "release")
+STEPS = 3
+# A displacement of step i is predicted at 1 / _STEP_FACTORS[i] of the full resolution.
+_STEP_FACTORS = (4, 2, 1)
+_HEAD_STD = 1e-5
+
+
+class Prediction(NamedTuple):
+    """What registration needs: W = warp(M, Phi) and Phi."""
+
+    moved: Tensor
+    disp: Tensor
+
+
+class RegistrationOutput(NamedTuple):
+    """Everything a training step or an analysis may look at.
+
+    Attributes:
+        moved: W = warp(M, Phi), (B, 1, D, H, W).
+        disp: Phi, (B, 3, D, H, W), voxels of the full grid.
+        steps: phi_1, phi_2, phi_3 at full resolution; one entry without accumulation.
+        accumulated: phi_1, Phi_2, Phi.
+        progressive: M_1, M_2, M_3, each the warp of the one before.
+    """
+
+    moved: Tensor
+    disp: Tensor
+    steps: list[Tensor]
+    accumulated: list[Tensor]
+    progressive: list[Tensor]
+
+
+class UncoupledEncoder(nn.Module):
+    """A path for the fixed image, an ASPP path for the moving one, and their fusion at each level.
+
+    Source: ULAE-net section 2.2.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        c, c2 = channels, 2 * channels
+        widths = ((1, c), (c, c2), (c2, c2), (c2, c2))
+        for level, (before, after) in enumerate(widths, start=1):
+            self.add_module(f"fec{level}", ConvBlock(before, after, stride=2))
+            self.add_module(f"mec{level}", MovingBlock(before, after, dilation=5 - level))
+            self.add_module(f"fusion{level}", ConvBlock(2 * after, after))
+
+    def fixed_features(self, fixed: Tensor) -> list[Tensor]:
+        """The fixed path's four levels, the same in every step."""
+        features = [fixed]
+        for level in range(1, 5):
+            features.append(self.get_submodule(f"fec{level}")(features[-1]))
+        return features[1:]
+
+    def forward(
+        self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor], finest: int
+    ) -> dict[int, Tensor]:
+        """Fused features of levels ``finest`` to 4 (a coarse step never reads the finer ones)."""
+        fused = {}
+        x = moving
+        for level, y in enumerate(fixed_features, start=1):
+            x = self.get_submodule(f"mec{level}")(x, y)
+            if level >= finest:
+                fused[level] = self.get_submodule(f"fusion{level}")(torch.cat((x, y), dim=1))
+        return fused
+
+
+class CoupledEncoder(nn.Module):
+    """The ablation's plain U-Net encoder: both images concatenated from the start."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        c, c2 = channels, 2 * channels
+        for level, (before, after) in enumerate(((2, c), (c, c2), (c2, c2), (c2, c2)), start=1):
+            self.add_module(f"ec{level}", ConvBlock(before, after, stride=2))
+
+    def fixed_features(self, fixed: Tensor) -> list[Tensor]:
+        """Nothing is shared between steps here."""
+        return []
+
+    def forward(
+        self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor], finest: int
+    ) -> dict[int, Tensor]:
+        """Features of levels ``finest`` to 4."""
+        x = torch.cat((moving, fixed), dim=1)
+        features = {}
+        for level in range(1, 5):
+            x = self.get_submodule(f"ec{level}")(x)
+            features[level] = x
+        return {level: x for level, x in features.items() if level >= finest}
+
+
+class Decoder(nn.Module):
+    """The blocks dc0 to dc6 that one step, or all of them, decode with.
+
+    Args:
+        channels: base width C.
+        finest_step: the last step (1 to 3) that uses these blocks; dc2 exists from 2, dc3 from 3.
+    """
+
+    def __init__(self, channels: int, finest_step: int) -> None:
+        super().__init__()
+        c, c2 = channels, 2 * channels
+        self.dc0 = ConvBlock(c2, c2)
+        self.dc1 = ConvBlock(2 * c2, c2)
+        if finest_step >= 2:
+            self.dc2 = ConvBlock(2 * c2, c2)
+        if finest_step >= 3:
+            self.dc3 = ConvBlock(c2 + c, c2)
+        self.dc4 = ConvBlock(c2, c2)
+        self.dc5 = ConvBlock(c2, c)
+        self.dc6 = ConvBlock(c + 2, c)
+
+    def forward(self, fused: dict[int, Tensor], pair: Tensor, step: int) -> Tensor:
+        """Features of step ``step`` (1 to 3) at the resolution of ``pair`` (B, 2, ...)."""
+        x = self.dc0(fused[4])
+        for level in range(1, step + 1):
+            block = self.get_submodule(f"dc{level}")
+            x = block(torch.cat((upsample2(x), fused[4 - level]), dim=1))
+        x = self.dc5(self.dc4(x))
+        return self.dc6(torch.cat((upsample2(x), pair), dim=1))  # type: ignore[no-any-return]
+
+
+class UlaeNet(nn.Module):
+    """ULAE-net.
+
+    Args:
+        variant: ``paper`` (one decoder for all steps: 789,561 parameters at 16 channels) or
+            ``release`` (a decoder a step: 1,109,241).
+        channels: base width C.
+        accumulate: False leaves only the finest step, once (the ablation's single pass).
+        uncoupled: False puts a plain U-Net encoder in place of the two paths (ablation).
+
+    Attributes:
+        feature_dtype: type of everything between the images and the flow heads; displacements,
+            warps and heads stay in the type of the inputs. None: the type of the inputs.
+
+    Source: ULAE-net sections 2.1 to 2.3; the released code's ULAE/ULAE.py at ac89ce5.
+    """
+
+    def __init__(
+        self,
+        variant: str = "paper",
+        channels: int = 16,
+        accumulate: bool = True,
+        uncoupled: bool = True,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise UsageError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+        if channels < 1:
+            raise UsageError(f"channels is {channels}, expected a positive number")
+        self.variant = variant
+        self.channels = channels
+        self.accumulate = accumulate
+        self.uncoupled = uncoupled
+        self.feature_dtype: torch.dtype | None = None
+
+        self.encoder = UncoupledEncoder(channels) if uncoupled else CoupledEncoder(channels)
+        self.used_steps = tuple(range(1, STEPS + 1)) if accumulate else (STEPS,)
+        owners = self.used_steps if variant == "release" else (STEPS,)
+        self.decoders = nn.ModuleDict({str(s): Decoder(channels, s) for s in owners})
+        self.heads = nn.ModuleDict(
+            {str(s): nn.Conv3d(channels, 3, 3, padding=1) for s in self.used_steps}
+        )
+        for head in self.heads.values():
+            nn.init.normal_(head.weight, 0.0, _HEAD_STD)
+            nn.init.zeros_(head.bias)
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> RegistrationOutput:
+        """Register with every intermediate result, for training and analysis.
+
+        Args:
+            moving: (B, 1, D, H, W), intensities in [0, 1].
+            fixed: the same shape.
+
+        Returns:
+            See :class:`RegistrationOutput`; everything at the inputs' size.
+
+        Raises:
+            ShapeError: for another rank or channel count, or shapes that differ.
+        """
+        crop, moving, fixed = self._padded(moving, fixed)
+        steps, accumulated, progressive = self._accumulate(moving, fixed)
+        progressive.append(warp(progressive[-1] if progressive else moving, steps[-1]))
+        moved = warp(moving, accumulated[-1])
+        return RegistrationOutput(
+            moved=crop(moved),
+            disp=crop(accumulated[-1]),
+            steps=[crop(x) for x in steps],
+            accumulated=[crop(x) for x in accumulated],
+            progressive=[crop(x) for x in progressive],
+        )
+
+    def predict(self, moving: Tensor, fixed: Tensor) -> Prediction:
+        """Register: the same arithmetic as :meth:`forward`, and only its first two results."""
+        crop, moving, fixed = self._padded(moving, fixed)
+        disp = self._accumulate(moving, fixed)[1][-1]
+        return Prediction(crop(warp(moving, disp)), crop(disp))
+
+    def _accumulate(
+        self, moving: Tensor, fixed: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Eq. 2: the steps, what they accumulate to, and the images all but the last step made."""
+        dtype = self.feature_dtype or moving.dtype
+        fixed_features = self.encoder.fixed_features(as_features(fixed, dtype))
+        steps: list[Tensor] = []
+        accumulated: list[Tensor] = []
+        progressive: list[Tensor] = []
+        image = moving
+        for index, step in enumerate(self.used_steps):
+            phi = self._step(step, image, fixed, fixed_features, dtype)
+            last = index == len(self.used_steps) - 1
+            if not accumulated:
+                total = phi
+                image = image if last else warp(image, phi)
+            elif last:
+                total = compose(accumulated[-1], phi)
+            else:
+                image, total = warp_compose(image, accumulated[-1], phi)
+            steps.append(phi)
+            accumulated.append(total)
+            if not last:
+                progressive.append(image)
+        return steps, accumulated, progressive
+
+    def _step(
+        self,
+        step: int,
+        moving: Tensor,
+        fixed: Tensor,
+        fixed_features: list[Tensor],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """One displacement at full resolution, in the type of the inputs."""
+        fused = self.encoder(
+            as_features(moving, dtype), as_features(fixed, dtype), fixed_features, finest=4 - step
+        )
+        pair = torch.cat((moving, fixed), dim=1)
+        for _ in range(STEPS - step):
+            pair = F.avg_pool3d(pair, 2)
+        decoder = self.decoders[str(step) if self.variant == "release" else str(STEPS)]
+        features = decoder(fused, as_features(pair, dtype), step)
+        # The head is a flow, not a feature: half precision would round its voxels.
+        head = self.heads[str(step)]
+        disp = conv3d(features.to(moving.dtype), head.weight, head.bias, padding=1)
+        return resize_displacement(disp, _STEP_FACTORS[step - 1])
+
+    @staticmethod
+    def _padded(moving: Tensor, fixed: Tensor) -> tuple["_Crop", Tensor, Tensor]:
+        if moving.ndim != 5 or moving.shape[1] != 1:
+            raise ShapeError(
+                f"moving has shape {tuple(moving.shape)}, expected (B, 1, D, H, W)",
+                "one grey-value channel; add the batch and channel axes",
+            )
+        if moving.shape != fixed.shape:
+            raise ShapeError(
+                f"fixed has shape {tuple(fixed.shape)}, expected {tuple(moving.shape)} as moving",
+                "resample both to one grid first",
+            )
+        crop = _Crop(tuple(moving.shape[2:]))
+        return crop, crop.pad(moving), crop.pad(fixed)
+
+
+class _Crop:
+    """Zero padding of a volume to the network's size multiple, and its undoing."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes = sizes
+        excess = [-size % SIZE_MULTIPLE for size in sizes]
+        self.before = [e // 2 for e in excess]
+        self.after = [e - e // 2 for e in excess]
+
+    def pad(self, x: Tensor) -> Tensor:
+        amounts = [a for pair in zip(self.before, self.after, strict=True) for a in pair]
+        # F.pad lists the last axis first.
+        pairs = [amounts[i : i + 2] for i in (4, 2, 0)]
+        return F.pad(x, [a for pair in pairs for a in pair]) if any(amounts) else x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for axis, (start, size) in enumerate(zip(self.before, self.sizes, strict=True), start=2):
+            if x.shape[axis] != size:
+                x = x.narrow(axis, start, size)
+        return x
