@@ -1,0 +1,115 @@
+"""``ulae-rt doctor`` never fails, whatever is missing or broken, and says why."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ulae_rt import doctor
+from ulae_rt.cli import run_command
+
+SHADOWED = ("onnx", "onnxruntime", "safetensors", "tensorrt", "tensorrt_rtx", "torch", "triton")
+
+
+def doctor_with(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process where the modules under ``path`` come before installed ones."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(path)!r}); from ulae_rt.cli import main; "
+        f"sys.exit(main(['doctor', *{list(arguments)!r}]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_table_names_every_capability(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("doctor", []) == 0
+    out = capsys.readouterr().out
+    for name in ("Python", "memory", "GPU", "--backend torch", "Triton", "tensorrt-rtx", "weights"):
+        assert name in out
+
+
+def test_json_is_one_object_whose_refusals_have_a_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_command("doctor", ["--json"]) == 0
+    tables = json.loads(capsys.readouterr().out)
+    rows = tables["this_machine"] + tables["what_can_run"]
+    assert {row["name"] for row in rows} >= {"Python", "--device cuda", "export to ONNX", "train"}
+    assert all(row["detail"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise RuntimeError('wrong\\ndriver')",
+        "import nothing_like_it",
+        "raise OSError('no libcuda')",
+    ],
+    ids=["raises", "lacks-a-module", "lacks-a-library"],
+)
+def test_broken_libraries_are_rows_not_tracebacks(tmp_path: Path, source: str) -> None:
+    for name in SHADOWED:
+        (tmp_path / f"{name}.py").write_text(source)
+    done = doctor_with(tmp_path, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = {row["name"]: row for row in json.loads(done.stdout)["what_can_run"]}
+    backends = [name for name in rows if name.startswith("--backend")]
+    assert len(backends) == 4
+    for name in [*backends, "--device cuda", "Triton kernels", "export to ONNX", "train"]:
+        assert not rows[name]["ok"]
+        assert "installed but" in rows[name]["detail"]
+        assert "\n" not in rows[name]["detail"]
+        assert rows[name]["hint"]
+
+
+def test_greetings_of_libraries_do_not_spoil_the_json(tmp_path: Path) -> None:
+    (tmp_path / "tensorrt.py").write_text("print('welcome')\n__version__ = '99.0'")
+    done = doctor_with(tmp_path, "--json")
+    rows = {row["name"]: row for row in json.loads(done.stdout)["what_can_run"]}
+    assert rows["--backend tensorrt"]["ok"]
+    assert "99.0" in rows["--backend tensorrt"]["detail"]
+
+
+def test_no_cuda_context_is_made(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    program = (
+        "import sys, torch; from ulae_rt.cli import main; main(['doctor']);"
+        "sys.exit(torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, timeout=120)
+    assert done.returncode == 0
+
+
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> list[doctor.Check]:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return doctor._gpus()
+
+
+def test_gpus_are_listed_with_their_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = nvidia_smi(tmp_path, monkeypatch, "echo 'Some GPU, 81920, 9.0, 570.1'")
+    assert rows == [doctor.Check("GPU", True, "Some GPU, 80 GiB, sm90, driver 570.1")]
+
+
+def test_failing_driver_is_reported_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = nvidia_smi(tmp_path, monkeypatch, "echo 'Driver/library version mismatch'; exit 18")
+    assert rows == [doctor.Check("GPU", False, "Driver/library version mismatch")]
+
+
+def test_weights_are_described_by_their_own_header(tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": {"variant": "paper", "licence": "X"}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    assert doctor._card(path) == ": paper, X"
+    path.write_bytes(b"\0\1")
+    assert "cannot be read" in doctor._card(path)
