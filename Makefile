@@ -1,0 +1,74 @@
+# make demo and make test each work as the only command typed on a fresh checkout.
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/installed
+SAMPLES := samples
+DEMO    := demo_out
+
+# The first of these that runs, is 3.11 or 3.12 and can make an environment.
+FIND_PYTHON = for python in $(PYTHON) python3.12 python3.11 python3; do \
+	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+		2>/dev/null && { command -v "$$python"; break; }; done
+
+# A stamp that survived a move of the checkout, a removed interpreter or a half-deleted environment
+# promises what is no longer there.
+ifneq ($(wildcard $(STAMP)),)
+ifneq ($(shell test "$$(cat $(STAMP))" = "$(CURDIR)" && $(BIN)/ulae-rt --version >/dev/null 2>&1 && echo ok),ok)
+$(shell rm -f $(STAMP))
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench bench-gpu clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
+		while IFS='|' read -r target text; do printf '%-16s%s\n' "$$target" "$$text"; done
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; if [ ! -f $(STAMP) ]; then \
+		python=$$($(FIND_PYTHON)); \
+		if [ -z "$$python" ]; then \
+			echo "error: no Python 3.11 or 3.12 that can make a virtual environment was found" >&2; \
+			echo "hint: install one (with its venv module), or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
+			exit 1; \
+		fi; \
+		echo "setting up $(VENV) with $$python"; \
+		"$$python" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@printf '%s\n' "$(CURDIR)" > $(STAMP)
+
+install: $(STAMP)  ## set up .venv with the pinned versions
+
+demo: $(STAMP)  ## register the two sample brains and write a picture of it
+	@mkdir -p $(DEMO)
+	$(BIN)/ulae-rt register -m $(SAMPLES)/colin27_brain.nii.gz -f $(SAMPLES)/mni152_2009a_brain.nii.gz \
+		-o $(DEMO)/moved.nii.gz -w $(DEMO)/warp.nii.gz --jacobian $(DEMO)/jacobian.nii.gz \
+		--qc $(DEMO)/qc.png --overwrite
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -P -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint, format and type check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+bench: $(STAMP)  ## run the benchmarks
+	$(BIN)/python -P -m pytest bench $(ARGS)
+
+# A borrowed GPU machine has torch, triton, numpy and pytest-benchmark, and nothing can be installed
+# on it: build/path shows the four folders as the one package that an installation would make.
+bench-gpu:  ## run the benchmarks with this machine's own python3, without installing anything
+	@rm -rf build/path && mkdir -p build/path/ulae_rt
+	@ln -s $(addprefix ../../../,$(wildcard ulae_rt/*) kernels export engines) build/path/ulae_rt/
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path" python3 -m pytest bench $(ARGS)
+
+clean:  ## remove everything that was built, and the environment
+	rm -rf $(VENV) build dist $(DEMO) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
