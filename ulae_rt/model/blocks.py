@@ -6,6 +6,7 @@ and in bf16 up to five times (bench/NOTES.md).
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 NEGATIVE_SLOPE = 0.2
@@ -32,14 +33,49 @@ def conv3d(
     return F.conv3d(x, weight, bias, stride, padding, dilation)
 
 
-def norm_activate(x: Tensor) -> Tensor:
-    """InstanceNorm without affine, then LeakyReLU(0.2).
+class _NormActivate(torch.autograd.Function):
+    """Forward as :func:`norm_activate`; the backward in closed form.
 
-    Written as a group norm of one channel a group: the same function, and the one of the two that
-    torch's CPU runs on channels_last_3d without a copy to the default layout and back.
+    torch's backward of the group norm is single-threaded on channels_last_3d (16 channels,
+    80x96x80, bf16: 257 ms, this one 15 ms). Only the output is kept, which the next convolution
+    keeps anyway: with h the normalised input and g the gradient after the activation's,
+
+        dx = rstd * (g - mean(g) - h * mean(g * h)),  h = y where y > 0, y / 0.2 elsewhere.
     """
-    x = F.group_norm(x, x.shape[1], eps=NORM_EPS)
-    return F.leaky_relu(x, NEGATIVE_SLOPE, inplace=not x.requires_grad)
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        y, rstd = _norm_activate(x)
+        ctx.save_for_backward(y, rstd)  # type: ignore[attr-defined]
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        y, rstd = ctx.saved_tensors  # type: ignore[attr-defined]
+        h = F.leaky_relu(y, 1 / NEGATIVE_SLOPE)
+        g = torch.ops.aten.leaky_relu_backward(grad, y, NEGATIVE_SLOPE, True)
+        voxels = y[0, 0].numel()
+        mean_g = g.sum(dim=(2, 3, 4), keepdim=True) / voxels
+        mean_gh = (g * h).sum(dim=(2, 3, 4), keepdim=True) / voxels
+        return (g - mean_g - h * mean_gh) * rstd[:, :, None, None, None]
+
+
+def _norm_activate(x: Tensor) -> tuple[Tensor, Tensor]:
+    # A group norm of one channel a group is the instance norm, and the one of the two that
+    # torch's CPU runs on channels_last_3d without a copy to the default layout and back.
+    batch, channels, *sizes = x.shape
+    voxels = sizes[0] * sizes[1] * sizes[2]
+    y, _, rstd = torch.native_group_norm(
+        x, None, None, batch, channels, voxels, channels, NORM_EPS
+    )
+    return F.leaky_relu_(y, NEGATIVE_SLOPE), rstd
+
+
+def norm_activate(x: Tensor) -> Tensor:
+    """InstanceNorm without affine, then LeakyReLU(0.2); (B, C, D, H, W) to the same shape."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _NormActivate.apply(x)  # type: ignore[no-any-return]
+    return _norm_activate(x)[0]
 
 
 def upsample2(x: Tensor) -> Tensor:

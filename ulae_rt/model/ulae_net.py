@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ulae_rt.conventions import SIZE_MULTIPLE
 from ulae_rt.errors import ShapeError, UsageError
 from ulae_rt.kernels import compose, warp, warp_compose
+from ulae_rt.model.metadata import Metadata
 from ulae_rt.model.blocks import (
     ConvBlock,
     MovingBlock,
@@ -154,6 +155,7 @@ class UlaeNet(nn.Module):
     Attributes:
         feature_dtype: type of everything between the images and the flow heads; displacements,
             warps and heads stay in the type of the inputs. None: the type of the inputs.
+        metadata: what the weights are for and where they come from.
 
     Source: ULAE-net sections 2.1 to 2.3; the released code's ULAE/ULAE.py at ac89ce5.
     """
@@ -175,6 +177,7 @@ class UlaeNet(nn.Module):
         self.accumulate = accumulate
         self.uncoupled = uncoupled
         self.feature_dtype: torch.dtype | None = None
+        self.metadata = Metadata(variant, channels, accumulate, uncoupled)
 
         self.encoder = UncoupledEncoder(channels) if uncoupled else CoupledEncoder(channels)
         self.used_steps = tuple(range(1, STEPS + 1)) if accumulate else (STEPS,)
