@@ -63,7 +63,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: UlaeNet, metadata: Meta
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        safetensors.torch.save_file(tensors, part, {_METADATA_KEY: metadata.to_json()})
+        part.write_bytes(safetensors.torch.save(tensors, {_METADATA_KEY: metadata.to_json()}))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

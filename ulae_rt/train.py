@@ -1,0 +1,36 @@
+"""Train ULAE-net on prepared scans, as a TOML file says."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ulae_rt.cli import Report, run_command
+from ulae_rt.optional import require
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``train``."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="TOML file; see configs/")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the output folder's checkpoint, exactly"
+    )
+
+
+def run(arguments: argparse.Namespace, report: Report) -> dict[str, Any]:
+    """Train; returns the last losses and where the weights are."""
+    for module in ("torch", "safetensors", "tensorboard"):
+        require(module, "train")
+    from ulae_rt.allocator import keep_freed_memory
+    from ulae_rt.training.config import read_config
+    from ulae_rt.training.loop import Trainer
+
+    keep_freed_memory()
+    trainer = Trainer(read_config(arguments.config), resume=arguments.resume)
+    result = trainer.run(report)
+    report(f"weights: {result['weights']}")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("train"))

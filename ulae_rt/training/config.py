@@ -1,0 +1,166 @@
+"""A training run as one TOML file, checked before any work."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ulae_rt.conventions import FULL_SHAPE, SIZE_MULTIPLE
+from ulae_rt.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Where the scans are.
+
+    Attributes:
+        train: folder of prepared scans (``ID.nii.gz``), or a text file with one path a line.
+        val: the same for validation, with ``ID_labels.nii.gz`` beside each scan; none: no Dice.
+        val_pairs: how many ordered pairs of it are looked at.
+        pool: edge of the blocks that are averaged; 2 trains 1 mm scans at 2 mm.
+        workers: processes that load and augment; 0: the training process itself.
+        description, licence: written into every checkpoint.
+    """
+
+    train: Path
+    val: Path | None = None
+    val_pairs: Annotated[int, Field(ge=1)] = 5
+    pool: Annotated[int, Field(ge=1, le=4)] = 1
+    workers: Annotated[int, Field(ge=0)] = 0
+    description: str = ""
+    licence: str = ""
+
+
+class ModelConfig(_Section):
+    """Arguments of :class:`ulae_rt.model.UlaeNet`."""
+
+    variant: Literal["paper", "release"] = "paper"
+    channels: Annotated[int, Field(ge=1)] = 16
+    accumulate: bool = True
+    uncoupled: bool = True
+
+
+class LossConfig(_Section):
+    """Arguments of :func:`ulae_rt.losses.registration_loss`.
+
+    Attributes:
+        progressive: compare the fixed image with M_3 (three interpolations, as the released code
+            trains) in place of W.
+    """
+
+    windows: tuple[int, ...] = (11, 9, 7)
+    gamma: Positive = 0.5
+    smoothness: NonNegative = 1.0
+    folding: NonNegative = 0.0
+    progressive: bool = False
+
+    @field_validator("windows")
+    @classmethod
+    def _odd(cls, windows: tuple[int, ...]) -> tuple[int, ...]:
+        if not windows or any(w < 1 or w % 2 == 0 for w in windows):
+            raise ValueError("expected one or more positive odd integers")
+        return windows
+
+
+class AugmentConfig(_Section):
+    """Random changes of a pair; all zero is the paper's protocol.
+
+    Attributes:
+        flip: probability of mirroring the pair left to right.
+        rotation_deg, scale, shift_mm: largest common rotation about each axis, relative scaling of
+            each axis, and shift of both images.
+        residual: how much of that once more, for the moving image alone (an imperfect affine).
+        intensity: largest relative change of gain and gamma, of each image on its own.
+    """
+
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rotation_deg: NonNegative = 0.0
+    scale: Fraction = 0.0
+    shift_mm: NonNegative = 0.0
+    residual: NonNegative = 0.0
+    intensity: Fraction = 0.0
+
+
+class OptimiserConfig(_Section):
+    """Adam.
+
+    Attributes:
+        lr: learning rate; lr_final: where a half cosine brings it by the last step (none: constant).
+        warmup: first steps over which it rises linearly from 0.
+        precision: type of the features.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 160_000
+    lr: Positive = 1e-4
+    lr_final: Positive | None = None
+    warmup: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+
+
+class OutputConfig(_Section):
+    """What is written, and how often in steps."""
+
+    folder: Path
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1000
+    validate_every: Annotated[int, Field(ge=1)] = 1000
+
+
+class TrainConfig(_Section):
+    """A whole run; :func:`read_config` reads it."""
+
+    data: DataConfig
+    output: OutputConfig
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read and check a configuration; paths in it are relative to its folder.
+
+    Raises:
+        ConfigError: for a missing file, bad TOML, or an unknown or wrong entry, named.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({type(error).__name__})", "give the path of a TOML file"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{path}: not valid TOML ({error})", "see configs/ for examples"
+        ) from error
+    try:
+        config = TrainConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"{path}: {where}: {first['msg']}, got {first.get('input')!r}", "see configs/"
+        ) from error
+    if any(size % (config.data.pool * SIZE_MULTIPLE) for size in FULL_SHAPE):
+        raise ConfigError(
+            f"{path}: data.pool is {config.data.pool}, which does not leave multiples of "
+            f"{SIZE_MULTIPLE} from {FULL_SHAPE}",
+            "use 1 or 2",
+        )
+    base = path.resolve().parent
+    data = config.data.model_copy(
+        update={
+            "train": base / config.data.train,
+            "val": base / config.data.val if config.data.val else None,
+        }
+    )
+    output = config.output.model_copy(update={"folder": base / config.output.folder})
+    return config.model_copy(update={"data": data, "output": output})
