@@ -1,0 +1,1 @@
+"""Imaging: NIfTI files, grids, affine alignment, deformations. numpy and SimpleITK, no torch."""

@@ -1,0 +1,403 @@
+"""NIfTI files in and out: everything that can be wrong with one is said before work starts."""
+
+import gzip
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from ulae_rt.errors import GeometryError, ImageError, OutputError, UsageError
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["image", "labels"]
+PathLike = str | os.PathLike[str]
+
+SUFFIXES = (".nii.gz", ".nii")
+# A 0.25 mm whole head is 700 x 900 x 700; what lies beyond is a damaged header or another organ.
+MAX_AXIS = 1024
+MAX_VOXELS = 512_000_000
+# ITK and its users cannot represent shear; this is rounding in a header, in radians.
+MAX_SHEAR = 1e-3
+MAX_FORM_DIFFERENCE_MM = 1e-3
+MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A 3-D brain volume with its geometry.
+
+    Attributes:
+        data: (X, Y, Z), in the file's own type, or float32 where the file scales its values.
+        affine: (4, 4) float64, voxel index to world RAS mm.
+        header: the file's own header, copied unchanged to what is written on this grid.
+        name: what to call it in a message: the path, or the caller's word for an array.
+        path: the file it came from, None for an image in memory.
+    """
+
+    data: NDArray[Any]
+    affine: NDArray[np.float64]
+    header: nib.Nifti1Header
+    name: str
+    path: Path | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(X, Y, Z)."""
+        x, y, z = self.data.shape
+        return x, y, z
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between voxel centres along each array axis, mm."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+
+def read_volume(path: PathLike, *, kind: Kind = "image") -> Volume:
+    """Read and check one NIfTI file.
+
+    Args:
+        path: a ``.nii`` or ``.nii.gz`` file.
+        kind: ``labels`` demands whole numbers and allows a single value.
+
+    Raises:
+        ImageError: the file is missing, unreadable, damaged, not NIfTI, not one 3-D volume, or
+            its values cannot be registered (NaN, Inf, constant, complex, colour).
+        GeometryError: its affine is missing, singular or sheared.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        image = nib.load(path)
+    except PermissionError:
+        raise ImageError(f"{path} cannot be read: permission denied", "check its mode") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(path, error) from None
+    except Exception as error:  # nibabel lets many kinds through for a header it cannot parse
+        raise ImageError(
+            f"{path} is not a readable NIfTI image: {error}",
+            "give a NIfTI-1 or NIfTI-2 file; convert other formats first, e.g. with mri_convert",
+        ) from None
+    return volume_from_image(image, name=str(path), kind=kind, path=path)
+
+
+def volume_from_image(
+    image: Any, *, name: str, kind: Kind = "image", path: Path | None = None
+) -> Volume:
+    """Check an opened nibabel image and read its values; see `read_volume`."""
+    if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
+        raise ImageError(
+            f"{name} is a {type(image).__name__}, expected a single-file NIfTI image",
+            "convert it to .nii or .nii.gz first",
+        )
+    shape = _checked_shape(image.shape, name)
+    affine = _checked_affine(image, name)
+    dtype = image.get_data_dtype()
+    if dtype.kind not in "iufb":
+        raise ImageError(
+            f"{name} holds {'colour' if dtype.names else dtype.name} voxels, expected one number",
+            "extract one channel or the magnitude first",
+        )
+    data = _read_data(image, name, path).reshape(shape)
+    _check_values(data, name, kind)
+    return Volume(data, affine, image.header.copy(), name, path)
+
+
+def volume_from_array(
+    data: NDArray[Any], affine: NDArray[Any], *, name: str, kind: Kind = "image"
+) -> Volume:
+    """Check an array (X, Y, Z) with its affine (4, 4), voxel to RAS mm; see `read_volume`."""
+    data, affine = np.asarray(data), np.asarray(affine, dtype=np.float64)
+    if affine.shape != (4, 4):
+        raise GeometryError(
+            f"{name} comes with an affine of shape {affine.shape}, expected (4, 4)",
+            "give (array, affine) with affine from voxel index to RAS mm",
+        )
+    if data.dtype == np.bool_:
+        data = data.astype(np.uint8)
+    elif data.dtype == np.float16:
+        data = data.astype(np.float32)
+    try:
+        image = nib.Nifti1Image(data, affine, dtype=data.dtype)
+    except Exception as error:  # unsupported types and shapes: nibabel raises several kinds
+        raise ImageError(f"{name} is not a volume: {error}", "give a 3-D numeric array") from None
+    return volume_from_image(image, name=name, kind=kind)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        missing = not path.exists()
+    except PermissionError:
+        raise ImageError(f"{path} cannot be read: permission denied", "check its mode") from None
+    if missing:
+        raise ImageError(f"{path} does not exist", "check the path")
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder, expected a NIfTI file", "name the file inside it")
+    if not path.is_file():
+        raise ImageError(f"{path} is not a regular file", "give a .nii or .nii.gz file")
+    if not path.name.lower().endswith(SUFFIXES):
+        raise ImageError(
+            f"{path} is not named as a NIfTI image, expected .nii or .nii.gz",
+            "convert it first, e.g. with mri_convert or dcm2niix",
+        )
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path} is empty (0 bytes)", "copy or download it again")
+
+
+def _damaged(path: PathLike, error: BaseException) -> ImageError:
+    return ImageError(
+        f"{path} is truncated or damaged: {error}", "copy or download it again; try 'gzip -t'"
+    )
+
+
+def _checked_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
+    """The 3-D shape; refuses, before any voxel is read, what is no single volume."""
+    size = "x".join(map(str, shape))
+    spatial = tuple(shape[:3])
+    if len(shape) < 3 or len([n for n in spatial if n > 1]) < 3:
+        if any(n <= 0 for n in shape):
+            raise ImageError(f"{name} has size {size}: no voxels", "check how it was made")
+        raise ImageError(
+            f"{name} has size {size}, expected a 3-D volume", "stack its slices into one volume"
+        )
+    if any(n <= 0 for n in shape):
+        raise ImageError(f"{name} has size {size}: no voxels", "check how it was made")
+    if any(n > 1 for n in shape[3:]):
+        raise ImageError(
+            f"{name} has size {size}, expected one 3-D volume",
+            "extract one frame first, e.g. with fslroi or nibabel's four_to_three",
+        )
+    voxels = int(np.prod(spatial, dtype=np.int64))
+    if max(spatial) > MAX_AXIS or voxels > MAX_VOXELS:
+        raise ImageError(
+            f"{name} has size {size}, more than {MAX_AXIS} on an axis or {MAX_VOXELS:.0e} voxels",
+            "crop it or resample it to about 1 mm; if it is smaller than that, it is damaged",
+        )
+    x, y, z = spatial
+    return x, y, z
+
+
+def _checked_affine(image: nib.Nifti1Image, name: str) -> NDArray[np.float64]:
+    """World RAS mm from voxel index: the sform where there is one, else the qform."""
+    header = image.header
+    hint = "set it with nibabel's set_sform, fslorient or 3drefit, or convert from DICOM again"
+    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
+        raise GeometryError(f"{name} has no affine: sform_code and qform_code are 0", hint)
+    try:
+        affine = np.asarray(image.affine, dtype=np.float64)
+        sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+    except Exception as error:  # a quaternion that is none: nibabel raises several kinds
+        raise GeometryError(f"{name} has an unusable affine: {error}", hint) from None
+    if not np.isfinite(affine).all():
+        raise GeometryError(f"{name} has NaN or Inf in its affine", hint)
+    # ITK honours the header's unit of length and nibabel does not: the two would disagree.
+    unit = header.get_xyzt_units()[0]
+    scale = np.diag([*[MM_PER_UNIT.get(unit, 1.0)] * 3, 1.0])
+    affine = scale @ affine
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    determinant = abs(np.linalg.det(affine[:3, :3]))
+    if not (spacing > 0).all() or determinant < 1e-6 * np.prod(spacing):
+        raise GeometryError(f"{name} has an affine that cannot be inverted", hint)
+    if max(spacing) > 100 or min(spacing) < 0.01:
+        raise GeometryError(
+            f"{name} has voxels of {_mm(spacing)} mm, expected 0.01 to 100 mm", hint
+        )
+    unit_columns = affine[:3, :3] / spacing
+    shear = float(np.abs(unit_columns.T @ unit_columns - np.eye(3)).max())
+    if shear > MAX_SHEAR:
+        raise GeometryError(
+            f"{name} has a sheared affine (axes {shear:.3f} from orthogonal), which ITK's "
+            "tools cannot represent",
+            "resample it to an orthogonal grid first, e.g. with nibabel.processing.conform",
+        )
+    if sform is not None and qform is not None:
+        corners = _corners(image.shape[:3])
+        gap = (scale @ (sform - qform) @ corners)[:3]
+        difference = float(np.linalg.norm(gap, axis=0).max())
+        if difference > MAX_FORM_DIFFERENCE_MM:
+            logger.warning(
+                "%s: sform and qform differ by up to %.3g mm; the sform is used "
+                "(ITK and ANTs may take the qform and then disagree)",
+                name,
+                difference,
+            )
+    return affine
+
+
+def _corners(shape: Sequence[int]) -> NDArray[np.float64]:
+    """(4, 8) homogeneous indices of a volume's corner voxels."""
+    last = [n - 1 for n in shape]
+    grid = np.meshgrid(*([0, n] for n in last), [1], indexing="ij")
+    return np.stack([g.ravel() for g in grid]).astype(np.float64)
+
+
+def _mm(lengths: Iterable[float]) -> str:
+    return "x".join(f"{length:.3g}" for length in lengths)
+
+
+def _read_data(image: nib.Nifti1Image, name: str, path: Path | None) -> NDArray[Any]:
+    try:
+        data = np.asanyarray(image.dataobj)
+    except (gzip.BadGzipFile, EOFError, zlib.error, OSError, ValueError) as error:
+        raise _damaged(path or name, error) from None
+    except MemoryError:
+        raise ImageError(f"{name} does not fit in memory", "resample it to about 1 mm") from None
+    if data.dtype.itemsize > 8 or (data.dtype.kind == "f" and data.dtype.itemsize != 4):
+        data = data.astype(np.float32)
+    return data.astype(data.dtype.newbyteorder("="), copy=False)
+
+
+def _check_values(data: NDArray[Any], name: str, kind: Kind) -> None:
+    low, high = data.min(), data.max()  # NaN and Inf show here without a mask of the volume
+    if not (np.isfinite(low) and np.isfinite(high)):
+        bad = int(data.size - np.count_nonzero(np.isfinite(data)))
+        raise ImageError(
+            f"{name} has {bad} NaN or Inf voxels of {data.size}",
+            "replace them, e.g. with numpy.nan_to_num, once you know where they come from",
+        )
+    if kind == "labels":
+        if data.dtype.kind == "f" and not (data == np.rint(data)).all():
+            raise ImageError(
+                f"{name} holds fractions, expected whole-number labels",
+                "give the label map as segmented, not interpolated",
+            )
+    elif low == high:
+        raise ImageError(
+            f"{name} is constant: every voxel is {low}", "check how it was made or masked"
+        )
+
+
+def image_on_grid(
+    data: NDArray[Any], like: Volume, affine: NDArray[np.float64] | None = None
+) -> nib.Nifti1Image:
+    """``data`` as an image on ``like``'s grid: sform, qform, codes and units untouched.
+
+    Args:
+        data: (X, Y, Z), the values written, unscaled, in their own type.
+        like: the volume whose grid it lies on.
+        affine: only for a grid of its own: written as sform and qform, code 1 ("scanner").
+    """
+    header = like.header.copy()
+    header.set_data_dtype(data.dtype)
+    header.set_slope_inter(1.0, 0.0)
+    header.set_intent("none")
+    header["cal_min"] = header["cal_max"] = 0.0
+    header["descrip"] = b"ulae-rt"
+    # Extensions describe the other file (its DICOM fields, its history), not this one.
+    header.extensions.clear()
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    if affine is None:
+        # Without an affine of its own nibabel leaves both forms as the header has them, bit for bit
+        return image_class(data, None, header, dtype=data.dtype)
+    image = image_class(data, affine, header, dtype=data.dtype)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    return image
+
+
+def write_volume(path: PathLike, data: NDArray[Any], like: Volume) -> None:
+    """Write ``data`` (X, Y, Z) on ``like``'s grid; nothing is left when it fails half-way."""
+    with Outputs([path], overwrite=True) as outputs:
+        save_image(image_on_grid(data, like), outputs.temporary(path))
+        outputs.commit()
+
+
+def save_image(image: nib.Nifti1Image, path: PathLike) -> None:
+    """Write a nibabel image; a full disk or a lost folder becomes an OutputError."""
+    try:
+        nib.save(image, path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}", "check space and permissions"
+        ) from None
+
+
+def check_output(path: PathLike, *, overwrite: bool, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Refuse an output that could not be written, before any work is done for it.
+
+    Raises:
+        UsageError: its name does not end as its format demands.
+        OutputError: its folder is missing or closed, or it exists and may not be overwritten.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith(tuple(suffixes)):
+        raise UsageError(f"{path} must end in {' or '.join(suffixes)}", "rename the output")
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"the folder {folder} does not exist", f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder {folder} cannot be written to", "check its permissions")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, expected a file name", "add a file name")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already", "give --overwrite to replace it")
+
+
+class Outputs:
+    """All files of one run: written beside their places, put there together, or not at all.
+
+    Use as a context manager: `temporary` gives the path to write to, `commit` renames. What is
+    not committed when the block ends, for an error, Ctrl-C or SIGTERM, is removed.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[PathLike],
+        *,
+        overwrite: bool,
+        inputs: Iterable[PathLike] = (),
+        suffixes: Mapping[Path, Sequence[str]] | None = None,
+    ) -> None:
+        """Check every path (see `check_output`) and that none is an input or there twice."""
+        self._temporary: dict[Path, Path] = {}
+        sources = {Path(path).resolve() for path in inputs}
+        seen: set[Path] = set()
+        for path in paths:
+            resolved = Path(path).resolve()
+            if resolved in sources:
+                raise UsageError(f"{path} is also an input", "choose another output")
+            if resolved in seen:
+                raise UsageError(f"{path} is named twice as an output", "choose another output")
+            seen.add(resolved)
+            check_output(
+                path, overwrite=overwrite, suffixes=(suffixes or {}).get(Path(path), SUFFIXES)
+            )
+
+    def temporary(self, path: PathLike) -> Path:
+        """A hidden path beside ``path``, on the same disk and with the same suffix."""
+        path = Path(path)
+        suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), path.suffix)
+        stem = path.name[: len(path.name) - len(suffix)]
+        hidden = path.with_name(f".{stem}.{os.getpid()}.part{suffix.lower()}")
+        self._temporary[path] = hidden
+        return hidden
+
+    def commit(self) -> list[Path]:
+        """Move everything written to its place; returns the places."""
+        done = list(self._temporary)
+        for path, hidden in list(self._temporary.items()):
+            os.replace(hidden, path)
+            del self._temporary[path]
+        return done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hidden in self._temporary.values():
+            hidden.unlink(missing_ok=True)

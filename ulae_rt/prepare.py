@@ -1,0 +1,334 @@
+"""Bring scans to the training grid: affine to a template, 1 mm, cropped, intensities in [0, 1]."""
+
+import argparse
+import csv
+import json
+import logging
+import re
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ulae_rt.errors import ImageError, OutputError, UlaeError, UsageError
+from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode, register_affine
+from ulae_rt.imaging.grid import (
+    NORMALISATION,
+    NORMALISATIONS,
+    WORKING_SHAPE,
+    Grid,
+    foreground_points,
+    fraction_outside,
+    intensity_range,
+    resample,
+    warn_cut_off,
+    working_grid,
+)
+from ulae_rt.imaging.nifti import SUFFIXES, Outputs, Volume, image_on_grid, read_volume, save_image
+
+if TYPE_CHECKING:
+    from ulae_rt.cli import Report
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "prepared.json"
+LABEL_WORDS = re.compile(r"[_-](labels?|seg|dseg|aseg|parc|mask)(?=$|[_.-])", re.IGNORECASE)
+MODALITY = re.compile(r"[_-](t1w?|brain)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan to prepare: its name, its file and, where there is one, its label map."""
+
+    name: str
+    image: Path
+    labels: Path | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    scan: Scan
+    template: Path
+    grid: Grid
+    folder: Path
+    affine: AffineMode
+    normalisation: str
+    overwrite: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``ulae-rt prepare``."""
+    parser.add_argument(
+        "scans",
+        type=Path,
+        metavar="SCANS",
+        help="a folder of skull-stripped scans (ID_t1.nii.gz or ID.nii.gz, label maps beside them "
+        "as ID_labels.nii.gz), or a text or CSV list: image[,labels] on each row, or the columns "
+        "id,image,labels",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="where to")
+    parser.add_argument(
+        "--template", type=Path, required=True, metavar="IMAGE", help="the brain all align to"
+    )
+    parser.add_argument("--affine", choices=AFFINE_MODES, default="affine", help="(%(default)s)")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=WORKING_SHAPE, metavar=("D", "H", "W"),
+        help="voxels of 1 mm along R, A, S (160 192 160)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--normalisation", choices=NORMALISATIONS, default=NORMALISATION,
+        help="what becomes 1: the maximum or the brain's 99.9th percentile (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
+    """Prepare every scan; a bad one is reported and the rest go on.
+
+    Raises:
+        UsageError: nonsense in the arguments or the list.
+        ImageError: at the end, when at least one scan failed.
+    """
+    if arguments.workers < 1:
+        raise UsageError(f"--workers is {arguments.workers}, expected 1 or more", "see -h")
+    shape = tuple(arguments.shape)
+    if any(n < 16 or n % 16 or n > 512 for n in shape):
+        raise UsageError(
+            f"--shape is {shape}, expected multiples of 16 up to 512", "use --shape 160 192 160"
+        )
+    scans = find_scans(arguments.scans)
+    template = read_volume(arguments.template)
+    grid, cut_off = working_grid(template, shape)
+    warn_cut_off(cut_off, template.name, grid)
+    _check_folder(arguments.out, arguments.overwrite)
+    jobs = [
+        _Job(
+            scan,
+            arguments.template,
+            grid,
+            arguments.out,
+            arguments.affine,
+            arguments.normalisation,
+            arguments.overwrite,
+        )
+        for scan in scans
+    ]
+    done, failed = _run_all(jobs, arguments.workers, report)
+    result = {
+        "template": str(arguments.template),
+        "shape": list(grid.shape),
+        "spacing_mm": 1.0,
+        "grid_affine": grid.affine.tolist(),
+        "normalisation": arguments.normalisation,
+        "affine_mode": arguments.affine,
+        "affine_direction": "template RAS mm -> scan RAS mm",
+        "scans": done,
+        "failed": failed,
+    }
+    manifest = arguments.out / MANIFEST
+    _write_json(manifest, result)
+    report(f"{len(done)} of {len(scans)} scans prepared in {arguments.out}, see {manifest}")
+    if failed:
+        raise ImageError(
+            f"{len(failed)} of {len(scans)} scans failed: {', '.join(failed)}",
+            f"the reasons are above and in {manifest}; the others are prepared",
+        )
+    return result
+
+
+def find_scans(source: Path) -> list[Scan]:
+    """The scans of a folder or of a text or CSV list, sorted by name.
+
+    Raises:
+        UsageError: nothing there, or two scans of one name.
+    """
+    if source.is_dir():
+        scans = _scans_of_folder(source)
+    elif source.is_file() and not source.name.lower().endswith(SUFFIXES):
+        scans = _scans_of_list(source)
+    elif source.is_file():
+        scans = [Scan(_name(source), source, _labels_beside(source))]
+    else:
+        raise UsageError(f"{source} does not exist", "give a folder of scans or a list of them")
+    if not scans:
+        raise UsageError(f"{source} names no .nii or .nii.gz scan", "check the path")
+    names = [scan.name for scan in scans]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(
+            f"{source} has more than one scan named {', '.join(twice)}",
+            "give a CSV list with the columns id,image,labels",
+        )
+    return sorted(scans, key=lambda scan: scan.name)
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return path.stem
+
+
+def _name(path: Path) -> str:
+    """``1000_t1.nii.gz`` and ``1000_T1w_brain.nii`` are both scan 1000."""
+    name = _stem(path)
+    while MODALITY.search(name):
+        name = MODALITY.sub("", name)
+    return name
+
+
+def _is_labels(path: Path) -> bool:
+    return LABEL_WORDS.search(_stem(path)) is not None
+
+
+def _scans_of_folder(folder: Path) -> list[Scan]:
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
+    )
+    return [Scan(_name(path), path, _labels_beside(path)) for path in files if not _is_labels(path)]
+
+
+def _labels_beside(image: Path) -> Path | None:
+    """The label map of the same scan, masks aside."""
+    found = [
+        path
+        for path in sorted(image.parent.glob(f"{_name(image)}[_-]*"))
+        if path.name.lower().endswith(SUFFIXES) and _is_labels(path)
+        and "mask" not in path.name.lower()
+        and _name(Path(LABEL_WORDS.sub("", _stem(path)))) == _name(image)
+    ]  # fmt: skip
+    return found[0] if found else None
+
+
+def _scans_of_list(source: Path) -> list[Scan]:
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source} is no readable list: {error}", "give text or CSV") from None
+    rows = [row for row in csv.reader(lines) if row and row[0].strip()]
+    rows = [[cell.strip() for cell in row] for row in rows if not row[0].lstrip().startswith("#")]
+    columns = {"image": 0, "labels": 1}
+    if rows and "image" in rows[0]:
+        columns = {name: index for index, name in enumerate(rows.pop(0))}
+    scans = []
+    for row in rows:
+        cells = {key: row[i] for key, i in columns.items() if i < len(row) and row[i]}
+        if "image" not in cells:
+            raise UsageError(f"{source} has a row without an image: {row}", "fill or remove it")
+        image = source.parent / cells["image"]
+        labels = source.parent / cells["labels"] if "labels" in cells else _labels_beside(image)
+        scans.append(Scan(cells.get("id", _name(image)), image, labels))
+    return scans
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}", "choose another") from None
+    if (folder / MANIFEST).exists() and not overwrite:
+        raise OutputError(
+            f"{folder} holds prepared scans already", "give --overwrite to replace them"
+        )
+
+
+def _run_all(
+    jobs: list[_Job], workers: int, report: "Report"
+) -> tuple[dict[str, Any], dict[str, str]]:
+    done: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    # spawn: a forked child of a process whose ITK threads have run may hang
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+    futures: list[Future[dict[str, Any]] | None] = [
+        pool.submit(prepare_scan, job) if pool else None for job in jobs
+    ]
+    try:
+        bar = tqdm(total=len(jobs), desc="prepare", unit="scan", disable=None, file=sys.stderr)
+        with bar:
+            for job, future in zip(jobs, futures, strict=True):
+                try:
+                    done[job.scan.name] = future.result() if future else prepare_scan(job)
+                except UlaeError as error:
+                    failed[job.scan.name] = str(error)
+                    logger.warning("%s left out: %s", job.scan.name, error)
+                bar.update()
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    for name, entry in done.items():
+        report(f"{name}: {entry['cut_off_percent']:.2g} % of the brain cut off")
+    return done, failed
+
+
+def prepare_scan(job: _Job) -> dict[str, Any]:
+    """Align, resample once, normalise and write one scan; returns its entry of the manifest."""
+    scan, grid = job.scan, job.grid
+    paths = {
+        "image": job.folder / f"{scan.name}.nii.gz",
+        "affine": job.folder / f"{scan.name}_affine.txt",
+    }
+    if scan.labels:
+        paths["labels"] = job.folder / f"{scan.name}_labels.nii.gz"
+    inputs = [scan.image, job.template, *([scan.labels] if scan.labels else [])]
+    suffixes = {paths["affine"]: (".txt",)}
+    with Outputs(paths.values(), overwrite=job.overwrite, inputs=inputs, suffixes=suffixes) as out:
+        template = read_volume(job.template)
+        moving = read_volume(scan.image)
+        labels = read_volume(scan.labels, kind="labels") if scan.labels else None
+        matrix = register_affine(moving, template, job.affine)
+        inside = np.linalg.inv(matrix)
+        points = foreground_points(moving)
+        cut_off = fraction_outside(inside[:3, :3] @ points + inside[:3, 3:], grid)
+        warn_cut_off(cut_off, moving.name, grid)
+        on_grid = Volume(np.zeros(0), grid.affine, template.header, template.name)
+        data = intensity_range(moving, job.normalisation).apply(resample(moving, grid, matrix))
+        save_image(image_on_grid(data, on_grid, grid.affine), out.temporary(paths["image"]))
+        if labels is not None:
+            carried = _unsigned(resample(labels, grid, matrix, "nearest"), labels.name)
+            image = image_on_grid(carried, on_grid, grid.affine)
+            save_image(image, out.temporary(paths["labels"]))
+        np.savetxt(
+            out.temporary(paths["affine"]),
+            matrix,
+            fmt="%.9f",
+            header="template world RAS mm -> scan world RAS mm (pull-back), 4x4",
+        )
+        out.commit()
+    return {
+        "source": str(scan.image),
+        "source_labels": str(scan.labels) if scan.labels else None,
+        "image": paths["image"].name,
+        "labels": paths["labels"].name if scan.labels else None,
+        "affine": matrix.tolist(),
+        "cut_off_percent": round(100 * cut_off, 4),
+    }
+
+
+def _unsigned(labels: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    if labels.min() < 0 or labels.max() > np.iinfo(np.uint16).max:
+        raise ImageError(
+            f"{name} has labels from {labels.min()} to {labels.max()}, expected 0 to 65535",
+            "renumber them",
+        )
+    return labels.astype(np.uint16)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with Outputs([path], overwrite=True, suffixes={path: (".json",)}) as outputs:
+        outputs.temporary(path).write_text(json.dumps(content, indent=1) + "\n")
+        outputs.commit()
+
+
+if __name__ == "__main__":
+    from ulae_rt.cli import run_command
+
+    sys.exit(run_command("prepare"))
