@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 NEEDED_MEMORY = 3 * GIB  # what one registration at 1 mm may take
 
-# The text of a model card that fits in a line, in this order, as far as the file says it.
-CARD_KEYS = ("variant", "size", "spacing_mm", "spacing", "training_data", "data", "licence")
+METADATA_KEY = "ulae_rt"  # as ulae_rt.model.checkpoint writes it, which is not importable here
 
 
 @dataclass(frozen=True)
@@ -170,16 +169,20 @@ def _weights() -> Check:
 
 
 def _card(path: Path) -> str:
-    """The header of a safetensors file in one line; it is plain JSON after eight bytes."""
+    """What the weights say about themselves, in one line; their header is JSON after 8 bytes."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, 2**24)))
-        metadata = header["__metadata__"]
-        words = [str(metadata[key]) for key in CARD_KEYS if key in metadata]
+        card = json.loads(header["__metadata__"][METADATA_KEY])
+        grid = "x".join(str(length) for length in card["shape"])
+        return (
+            f": {card['variant']}, {grid} at {card['spacing_mm']:g} mm, "
+            f"trained on {card['training_data'] or 'unknown data'}, "
+            f"licence {card['licence'] or 'unknown'}"
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return " (its header cannot be read)"
-    return ": " + ", ".join(words) if words else ""
 
 
 def _torch(torch: ModuleType | str) -> Check:

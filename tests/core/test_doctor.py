@@ -1,7 +1,6 @@
 """``ulae-rt doctor`` never fails, whatever is missing or broken, and says why."""
 
 import json
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -107,9 +106,18 @@ def test_failing_driver_is_reported_in_its_own_words(
 
 
 def test_weights_are_described_by_their_own_header(tmp_path: Path) -> None:
-    header = json.dumps({"__metadata__": {"variant": "paper", "licence": "X"}}).encode()
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    from ulae_rt.model import Metadata
+
     path = tmp_path / "w.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    assert doctor._card(path) == ": paper, X"
+    card = Metadata(shape=(80, 96, 80), spacing_mm=2.0, training_data="brains", licence="X")
+    save_file({"a": torch.zeros(1)}, path, metadata={doctor.METADATA_KEY: card.to_json()})
+    assert doctor._card(path) == ": paper, 80x96x80 at 2 mm, trained on brains, licence X"
     path.write_bytes(b"\0\1")
     assert "cannot be read" in doctor._card(path)
+
+
+def test_metadata_is_where_the_checkpoint_module_puts_it() -> None:
+    checkpoint = pytest.importorskip("ulae_rt.model.checkpoint")
+    assert checkpoint._METADATA_KEY == doctor.METADATA_KEY

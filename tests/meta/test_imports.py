@@ -1,0 +1,68 @@
+"""Importing is cheap and without effect."""
+
+import subprocess
+import sys
+
+import pytest
+
+from _support.project import modules
+
+# Run before the import under test: the first touch of a device raises.
+NO_CUDA = """
+import torch
+def refuse(*arguments, **options):
+    raise SystemExit("initialises CUDA")
+torch.cuda._lazy_init = torch.cuda.init = torch._C._cuda_init = refuse
+"""
+
+
+def loaded_by(statement: str, before: str = "") -> set[str]:
+    """Top-level names that ``statement`` adds to ``sys.modules`` in a fresh process."""
+    program = (
+        f"import sys\n{before}\nbefore = set(sys.modules)\n{statement}\n"
+        "print(*{name for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return set(done.stdout.split())
+
+
+def third_party(names: set[str]) -> set[str]:
+    tops = {name.split(".")[0] for name in names}
+    return {name for name in tops if name not in sys.stdlib_module_names} - {"ulae_rt"}
+
+
+@pytest.mark.parametrize("module", ["ulae_rt", "ulae_rt.cli", "ulae_rt.errors", "ulae_rt.optional"])
+def test_the_package_and_its_help_import_nothing_installed(module: str) -> None:
+    assert not third_party(loaded_by(f"import {module}"))
+
+
+def test_engines_import_without_torch_and_without_the_rest_of_the_package() -> None:
+    names = loaded_by("import ulae_rt.engines")
+    assert not third_party(names) & {"torch", "triton", "onnx", "tensorrt", "tensorrt_rtx"}
+    assert not {name for name in names if name.startswith("ulae_rt.")} & {
+        name
+        for name in modules()
+        if name.startswith(("ulae_rt.model", "ulae_rt.kernels", "ulae_rt.export"))
+    }
+
+
+def test_imaging_imports_without_torch() -> None:
+    names = sorted(name for name in modules() if name.startswith("ulae_rt.imaging"))
+    assert not third_party(loaded_by(f"import {', '.join(names)}")) & {"torch", "matplotlib"}
+
+
+@pytest.mark.parametrize("module", ["ulae_rt.kernels", "ulae_rt.model", "ulae_rt.training"])
+def test_no_import_initialises_cuda(module: str) -> None:
+    loaded_by(f"import {module}", before=NO_CUDA)
+
+
+def test_no_import_touches_logging() -> None:
+    statement = (
+        "import logging, ulae_rt.kernels, ulae_rt.model\n"
+        "assert not logging.getLogger('ulae_rt').handlers\n"
+        "assert not logging.getLogger().handlers"
+    )
+    loaded_by(statement, before="import torch")
