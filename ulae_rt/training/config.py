@@ -75,17 +75,20 @@ class AugmentConfig(_Section):
 
     Attributes:
         flip: probability of mirroring the pair left to right.
-        rotation_deg, scale, shift_mm: largest common rotation about each axis, relative scaling of
-            each axis, and shift of both images.
-        residual: how much of that once more, for the moving image alone (an imperfect affine).
+        rotation_deg, shift_mm: largest common rotation about each axis and shift of both images.
+        scale: smallest and largest common size of each axis relative to the prepared scan's.
+        residual_deg, residual_scale, residual_mm: the same for the moving image alone, about 1 in
+            the case of the scale: an imperfect affine.
         intensity: largest relative change of gain and gamma, of each image on its own.
     """
 
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
     rotation_deg: NonNegative = 0.0
-    scale: Fraction = 0.0
     shift_mm: NonNegative = 0.0
-    residual: NonNegative = 0.0
+    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    residual_deg: NonNegative = 0.0
+    residual_scale: Fraction = 0.0
+    residual_mm: NonNegative = 0.0
     intensity: Fraction = 0.0
 
 

@@ -140,8 +140,11 @@ def augment_pair(
     random: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Random changes of a pair of (1, D, H, W) images; see :class:`AugmentConfig`."""
-    common = random_affine(config, 1.0, voxel_mm, random)
-    own = random_affine(config, config.residual, voxel_mm, random)
+    common = random_affine(
+        config.rotation_deg, config.scale, config.shift_mm / voxel_mm, random
+    )
+    spread = (1 - config.residual_scale, 1 + config.residual_scale)
+    own = random_affine(config.residual_deg, spread, config.residual_mm / voxel_mm, random)
     if random.random() < config.flip:
         common = common @ np.diag([-1.0, 1.0, 1.0, 1.0])
     moving = affine_warp(moving, own @ common)
@@ -153,19 +156,25 @@ def augment_pair(
 
 
 def random_affine(
-    config: AugmentConfig, amount: float, voxel_mm: float, random: np.random.Generator
+    rotation_deg: float, scale: tuple[float, float], shift: float, random: np.random.Generator
 ) -> NDArray[np.float64]:
-    """4x4 in voxels about the volume's centre, each range of ``config`` times ``amount``."""
+    """4x4 pull-back in voxels about the volume's centre.
+
+    Args:
+        rotation_deg: largest rotation about each axis.
+        scale: smallest and largest size of what is seen, drawn for each axis.
+        shift: largest shift along each axis, voxels.
+        random: where the numbers come from.
+    """
     matrix = np.eye(4)
-    angles = np.radians(config.rotation_deg) * amount * random.uniform(-1, 1, 3)
-    for axis, angle in enumerate(angles):
+    for axis, angle in enumerate(np.radians(rotation_deg) * random.uniform(-1, 1, 3)):
         i, j = (axis + 1) % 3, (axis + 2) % 3
         turn = np.eye(4)
         turn[i, i] = turn[j, j] = math.cos(angle)
         turn[i, j], turn[j, i] = -math.sin(angle), math.sin(angle)
         matrix = matrix @ turn
-    matrix = matrix @ np.diag([*(1 + config.scale * amount * random.uniform(-1, 1, 3)), 1.0])
-    matrix[:3, 3] = config.shift_mm / voxel_mm * amount * random.uniform(-1, 1, 3)
+    matrix = matrix @ np.diag([*(1 / random.uniform(*scale, 3)), 1.0])
+    matrix[:3, 3] = shift * random.uniform(-1, 1, 3)
     return matrix
 
 
