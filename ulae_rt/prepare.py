@@ -22,11 +22,11 @@ from ulae_rt.imaging.grid import (
     NORMALISATIONS,
     WORKING_SHAPE,
     Grid,
-    foreground_points,
-    fraction_outside,
-    intensity_range,
+    cut_off,
+    network_input,
     resample,
     warn_cut_off,
+    with_background,
     working_grid,
 )
 from ulae_rt.imaging.nifti import SUFFIXES, Outputs, Volume, image_on_grid, read_volume, save_image
@@ -103,9 +103,9 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
             f"--shape is {shape}, expected multiples of 16 up to 512", "use --shape 160 192 160"
         )
     scans = find_scans(arguments.scans)
-    template = read_volume(arguments.template)
-    grid, cut_off = working_grid(template, shape)
-    warn_cut_off(cut_off, template.name, grid)
+    template = with_background(read_volume(arguments.template))
+    grid, lost = working_grid(template, shape)
+    warn_cut_off(lost, template.name, grid)
     _check_folder(arguments.out, arguments.overwrite)
     jobs = [
         _Job(
@@ -281,16 +281,14 @@ def prepare_scan(job: _Job) -> dict[str, Any]:
     inputs = [scan.image, job.template, *([scan.labels] if scan.labels else [])]
     suffixes = {paths["affine"]: (".txt",)}
     with Outputs(paths.values(), overwrite=job.overwrite, inputs=inputs, suffixes=suffixes) as out:
-        template = read_volume(job.template)
-        moving = read_volume(scan.image)
+        template = with_background(read_volume(job.template))
+        moving = with_background(read_volume(scan.image))
         labels = read_volume(scan.labels, kind="labels") if scan.labels else None
         matrix = register_affine(moving, template, job.affine)
-        inside = np.linalg.inv(matrix)
-        points = foreground_points(moving)
-        cut_off = fraction_outside(inside[:3, :3] @ points + inside[:3, 3:], grid)
-        warn_cut_off(cut_off, moving.name, grid)
+        lost = cut_off(moving, grid, np.asarray(np.linalg.inv(matrix)))
+        warn_cut_off(lost, moving.name, grid)
         on_grid = Volume(np.zeros(0), grid.affine, template.header, template.name)
-        data = intensity_range(moving, job.normalisation).apply(resample(moving, grid, matrix))
+        data = network_input(moving, grid, matrix, job.normalisation)
         save_image(image_on_grid(data, on_grid, grid.affine), out.temporary(paths["image"]))
         if labels is not None:
             carried = _unsigned(resample(labels, grid, matrix, "nearest"), labels.name)
@@ -309,7 +307,7 @@ def prepare_scan(job: _Job) -> dict[str, Any]:
         "image": paths["image"].name,
         "labels": paths["labels"].name if scan.labels else None,
         "affine": matrix.tolist(),
-        "cut_off_percent": round(100 * cut_off, 4),
+        "cut_off_percent": round(100 * lost, 4),
     }
 
 

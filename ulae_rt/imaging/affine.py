@@ -12,8 +12,7 @@ from ulae_rt.imaging.grid import (
     LPS,
     Affine,
     Grid,
-    intensity_range,
-    resample,
+    network_input,
     to_sitk,
     working_grid,
 )
@@ -38,8 +37,8 @@ def register_affine(moving: Volume, fixed: Volume, mode: AffineMode = "affine") 
     """Find the matrix that takes a fixed world point to its moving world point.
 
     Args:
-        moving: the volume to align.
-        fixed: the volume it is aligned to.
+        moving: the volume to align, as `with_background` gives it.
+        fixed: the volume it is aligned to, likewise.
         mode: ``none`` trusts the headers, ``com`` moves centre of mass onto centre of mass,
             ``affine`` starts there, tries rotations on 8 mm copies, then optimises 12
             parameters for correlation at 8, 4 and 2 mm.
@@ -76,7 +75,7 @@ def register_affine(moving: Volume, fixed: Volume, mode: AffineMode = "affine") 
 def _small(volume: Volume) -> tuple[sitk.Image, NDArray[np.float64]]:
     """A 2 mm copy in [0, 1] around the brain, and its centre of mass in RAS mm."""
     grid, _ = working_grid(volume, SHAPE, SPACING_MM)
-    data = intensity_range(volume).apply(resample(volume, grid))
+    data = network_input(volume, grid)
     return to_sitk(data, grid.affine), _centre_of_mass(data, grid)
 
 
@@ -136,9 +135,7 @@ def _rotated(
 
 
 def _shrunk(image: sitk.Image, factor: int, sigma_mm: float) -> sitk.Image:
-    shrunk: sitk.Image = sitk.Shrink(
-        sitk.SmoothingRecursiveGaussian(image, sigma_mm), [factor] * 3
-    )
+    shrunk: sitk.Image = sitk.Shrink(sitk.SmoothingRecursiveGaussian(image, sigma_mm), [factor] * 3)
     return shrunk
 
 

@@ -1,7 +1,7 @@
 """Grids, resampling between them, and intensities: what the network sees of a scan."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +28,9 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SPECKS = 2e-4
 # Less than this outside the grid is specks too, or the cut end of the spinal cord.
 CUT_OFF = 1e-3
+NO_OVERLAP = 0.9
+# Rounding in a header, in voxels.
+EPSILON = 1e-4
 MAX_POINTS = 16_000_000
 
 
@@ -51,35 +54,63 @@ def grid_of(volume: Volume) -> Grid:
     return Grid(volume.shape, volume.affine)
 
 
-def foreground_points(volume: Volume) -> NDArray[np.float64]:
-    """(3, N) RAS mm: where the brain is, every voxel or, for a large volume, one in k^3."""
+def with_background(volume: Volume) -> Volume:
+    """The volume with 0 outside the brain and values above 0 inside, as all below expects.
+
+    A volume without negative values is returned as it is. Negative values within rounding (5 %
+    of the maximum) become 0. Beyond that, as in z-scored scans or in CT, the commonest corner
+    value is taken for the background and the rest is shifted above 0, with a warning.
+    """
+    data = volume.data
+    low, high = float(data.min()), float(data.max())
+    if low >= 0:
+        return volume
+    if low >= -0.05 * abs(high):
+        return replace(volume, data=np.maximum(data, 0))
+    corners = data[[0, -1]][:, [0, -1]][:, :, [0, -1]]
+    values, counts = np.unique(corners, return_counts=True)
+    background = values[np.argmax(counts)]
+    logger.warning(
+        "%s has values down to %.4g; %.4g is taken for the background and the rest is shifted",
+        volume.name,
+        low,
+        float(background),
+    )
+    brain = data != background
+    shifted = data.astype(np.float32) - np.float32(low - 1e-3 * (high - low))
+    return replace(volume, data=shifted * brain)
+
+
+def _to_world(affine: Affine, index: list[NDArray[Any]]) -> NDArray[np.float64]:
+    """(3, N) RAS mm of voxel indices, given axis by axis."""
+    rows = [sum(affine[r, c] * index[c] for c in range(3)) + affine[r, 3] for r in range(3)]
+    return np.stack(rows).astype(np.float64, copy=False)
+
+
+def _all_points(volume: Volume) -> NDArray[np.float64]:
+    """(3, N) RAS mm of the brain's voxels; of one in step^3 where there are very many."""
     step = 1
     while volume.data.size / step**3 > MAX_POINTS:
         step += 1
-    mask = foreground(volume.data[::step, ::step, ::step])
-    index = np.flatnonzero(mask.ravel(order="C"))
-    if index.size == 0:
+    mask = volume.data[::step, ::step, ::step] > 0
+    return _to_world(volume.affine, [axis * step for axis in np.nonzero(mask)])
+
+
+def _outline(volume: Volume) -> NDArray[np.float64]:
+    """(3, N) RAS mm of the brain's first and last voxel on each line along the first array axis.
+
+    They have the same convex hull as the brain, hence the same bounding box in any direction, at
+    a hundredth of the points.
+    """
+    mask = volume.data > 0
+    j, k = np.nonzero(mask.any(axis=0))
+    if j.size == 0:
         raise ImageError(f"{volume.name} has no voxel above 0", "check how it was masked")
-    i, j, k = np.unravel_index(index, mask.shape)
-    matrix, origin = volume.affine[:3, :3] * step, volume.affine[:3, 3]
-    points: NDArray[np.float64] = np.stack(
-        [matrix[r, 0] * i + matrix[r, 1] * j + matrix[r, 2] * k + origin[r] for r in range(3)]
-    )
-    return points
-
-
-def foreground(data: NDArray[Any]) -> NDArray[np.bool_]:
-    """Where a volume is not background: above 0, or off the border's value below 0."""
-    if data.dtype.kind != "u" and data.min() < -0.05 * abs(float(data.max())):
-        return np.asarray(data != _border_value(data))
-    return np.asarray(data > 0)
-
-
-def _border_value(data: NDArray[Any]) -> Any:
-    """The commonest value of the eight corner voxels' neighbourhood: the background."""
-    corners = data[[0, -1]][:, [0, -1]][:, :, [0, -1]]
-    values, counts = np.unique(corners, return_counts=True)
-    return values[np.argmax(counts)]
+    lines = mask[:, j, k]
+    first = lines.argmax(axis=0)
+    last = mask.shape[0] - 1 - lines[::-1].argmax(axis=0)
+    index = [np.concatenate(pair) for pair in ((first, last), (j, j), (k, k))]
+    return _to_world(volume.affine, index)
 
 
 def working_grid(
@@ -94,38 +125,68 @@ def working_grid(
     not interpolated.
 
     Args:
-        volume: the image whose brain (voxels above background) is centred.
+        volume: the image whose brain (voxels above 0) is centred.
         shape: (D, H, W), along R, A, S.
         spacing_mm: of the grid, isotropic.
 
     Returns:
         The grid, and the fraction of the brain's voxels that lies outside it (0 to 1).
     """
-    points = foreground_points(volume)
-    n = points.shape[1]
-    ends = int(n * SPECKS), n - 1 - int(n * SPECKS)
-    sorted_ends = np.partition(points, sorted(set(ends)), axis=1)
-    centre = (sorted_ends[:, ends[0]] + sorted_ends[:, ends[1]]) / 2
-    first = centre - (np.array(shape) - 1) / 2 * spacing_mm
+    extent = (np.array(shape) - 1) * spacing_mm
+    outline = _outline(volume)
+    low, high = outline.min(axis=1), outline.max(axis=1)
+    if (high - low > extent).any():
+        # Specks far from the head must not take the grid with them.
+        points = np.sort(_all_points(volume), axis=1)
+        trim = int(points.shape[1] * SPECKS)
+        low, high = points[:, trim], points[:, -1 - trim]
+    first = (low + high - extent) / 2
     voxel = np.rint(np.linalg.inv(volume.affine) @ [*first, 1.0])
     affine = np.diag([spacing_mm] * 3 + [1.0])
     affine[:3, 3] = (volume.affine @ voxel)[:3]
     grid = Grid(shape, affine)
-    return grid, fraction_outside(points, grid)
+    return grid, cut_off(volume, grid, outline=outline)
 
 
-def fraction_outside(points: NDArray[np.float64], grid: Grid) -> float:
-    """Fraction (0 to 1) of ``points`` (3, N) RAS mm further than half a voxel outside ``grid``."""
-    inverse = np.linalg.inv(grid.affine)
+def cut_off(
+    volume: Volume,
+    grid: Grid,
+    to_grid: Affine | None = None,
+    outline: NDArray[np.float64] | None = None,
+) -> float:
+    """Fraction (0 to 1) of a brain's voxels further than half a voxel outside ``grid``.
+
+    Args:
+        volume: the brain, voxels above 0.
+        grid: the working grid.
+        to_grid: (4, 4), the volume's RAS mm to the grid's RAS mm; the identity by default.
+        outline: the brain's outline, where it is known already.
+    """
+    to_index = np.linalg.inv(grid.affine) @ (np.eye(4) if to_grid is None else to_grid)
+    if not _outside(_outline(volume) if outline is None else outline, to_index, grid).any():
+        return 0.0
+    return float(_outside(_all_points(volume), to_index, grid).mean())
+
+
+def _outside(points: NDArray[np.float64], to_index: Affine, grid: Grid) -> NDArray[np.bool_]:
     outside = np.zeros(points.shape[1], dtype=bool)
     for axis, size in enumerate(grid.shape):
-        index = inverse[axis, :3] @ points + inverse[axis, 3]
-        outside |= (index < -0.5 - 1e-6) | (index > size - 0.5 + 1e-6)
-    return float(outside.mean())
+        index = to_index[axis, :3] @ points + to_index[axis, 3]
+        outside |= (index < -0.5 - EPSILON) | (index > size - 0.5 + EPSILON)
+    return outside
 
 
 def warn_cut_off(fraction: float, name: str, grid: Grid) -> None:
-    """Say that part of a brain lies outside the working grid, where it cannot be registered."""
+    """Say that part of a brain lies outside the working grid, where it cannot be registered.
+
+    Raises:
+        GeometryError: nearly all of it does, so that there is nothing to register.
+    """
+    if fraction > NO_OVERLAP:
+        raise GeometryError(
+            f"{100 * fraction:.3g} % of the brain of {name} lies outside the fixed brain's grid",
+            "use --affine affine or --affine com, and check the two headers",
+        )
     if fraction > CUT_OFF:
         logger.warning(
             "%s: %.2g %% of the brain lies outside the %s working grid and is cut off; "
@@ -152,6 +213,13 @@ def set_geometry(image: sitk.Image, affine: Affine) -> None:
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+
+
+def reference(grid: Grid) -> sitk.Image:
+    """An image of one byte a voxel, to tell ITK a grid."""
+    image = sitk.Image(list(grid.shape), sitk.sitkUInt8)
+    set_geometry(image, grid.affine)
+    return image
 
 
 def from_sitk(image: sitk.Image) -> NDArray[Any]:
@@ -203,17 +271,8 @@ def resample(
             image = sitk.BinShrink(image, factors)
     method = sitk.sitkLinear if interp == "linear" else sitk.sitkNearestNeighbor
     pixel = sitk.sitkFloat32 if interp == "linear" else image.GetPixelID()
-    resampler = sitk.ResampleImageFilter()
-    resampler.SetSize(list(grid.shape))
-    lps = LPS @ grid.affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    resampler.SetOutputSpacing(spacing.tolist())
-    resampler.SetOutputOrigin(lps[:3, 3].tolist())
-    resampler.SetOutputDirection((lps[:3, :3] / spacing).ravel().tolist())
-    resampler.SetTransform(affine_to_sitk(matrix))
-    resampler.SetInterpolator(method)
-    resampler.SetOutputPixelType(pixel)
-    return np.ascontiguousarray(from_sitk(resampler.Execute(image)))
+    sampled = sitk.Resample(image, reference(grid), affine_to_sitk(matrix), method, 0.0, pixel)
+    return np.ascontiguousarray(from_sitk(sampled))
 
 
 def pool(data: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
@@ -225,72 +284,42 @@ def pool(data: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
     return np.asarray(blocks.mean(axis=(1, 3, 5), dtype=np.float32))
 
 
-@dataclass(frozen=True)
-class IntensityRange:
-    """What a scan's values are brought to [0, 1] with: (v - low) / (high - low), clipped."""
+def intensity_scale(volume: Volume, normalisation: str = NORMALISATION) -> float:
+    """The value of a scan that becomes 1.
 
-    low: float
-    high: float
-
-    def apply(self, data: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Values in [0, 1], in place."""
-        data -= np.float32(self.low)
-        data /= np.float32(self.high - self.low)
-        return np.clip(data, 0, 1, out=data)
-
-
-def intensity_range(volume: Volume, normalisation: str = NORMALISATION) -> IntensityRange:
-    """The values of a scan that become 0 and 1.
-
-    ``max`` divides by the maximum (the paper's), ``p99.9`` by the 99.9th percentile of the brain
-    and clips. Both are of the file's own voxels, before any interpolation or cropping.
-
-    Negative values beyond rounding (5 % of the maximum), as in z-scored scans or in CT, are
-    shifted so that the lowest is 0, and a warning says so; smaller ones are clipped at 0.
+    ``max`` is the maximum (the paper's), ``p99.9`` the 99.9th percentile of the brain, the voxels
+    above 0. Both are of the file's own voxels, before any interpolation or cropping.
 
     Raises:
         UsageError: an unknown normalisation.
-        ImageError: no voxel above the background.
+        ImageError: no voxel above 0.
     """
     if normalisation not in NORMALISATIONS:
         raise UsageError(
             f"normalisation is {normalisation!r}, expected one of {', '.join(NORMALISATIONS)}",
             "the checkpoint is of another version",
         )
-    data = volume.data
-    low, high = float(data.min()), float(data.max())
-    if data.dtype.kind == "u" or low >= -0.05 * abs(high):
-        low = 0.0
-    else:
-        logger.warning(
-            "%s has negative values (down to %.4g); they are shifted so that the lowest is 0",
-            volume.name,
-            low,
-        )
-    brain = data[foreground(data)]
+    brain = volume.data[volume.data > 0]
     if brain.size == 0:
         raise ImageError(f"{volume.name} has no voxel above 0", "check how it was masked")
-    if normalisation == "p99.9":
-        high = _percentile(brain, 0.999)
-    if high <= low:
-        raise ImageError(f"{volume.name} has no contrast", "check how it was masked")
-    return IntensityRange(low, high)
+    k = brain.size - 1 if normalisation == "max" else int(0.999 * (brain.size - 1))
+    return float(np.partition(brain, k)[k])
 
 
-def _percentile(values: NDArray[Any], part: float) -> float:
-    """The value below which ``part`` of the (unsorted) values lies."""
-    k = int(part * (values.size - 1))
-    return float(np.partition(values, k)[k])
+def network_input(
+    volume: Volume,
+    grid: Grid,
+    transform: Affine | None = None,
+    normalisation: str = NORMALISATION,
+) -> NDArray[np.float32]:
+    """A scan as the network sees it: on ``grid``, (D, H, W) float32, clipped to [0, 1].
 
-
-def check_overlap(fixed_points: NDArray[np.float64], grid: Grid, name: str) -> None:
-    """Refuse a pair whose brains do not meet: there is nothing for the network to align.
-
-    Raises:
-        GeometryError: more than 90 % of the brain lies outside the working grid.
+    Args:
+        volume: as `with_background` gives it.
+        grid: the working grid.
+        transform: (4, 4), grid's RAS mm to the volume's RAS mm; the identity by default.
+        normalisation: see `intensity_scale`.
     """
-    if fraction_outside(fixed_points, grid) > 0.9:
-        raise GeometryError(
-            f"{name} does not overlap the fixed image in world space",
-            "use --affine affine or --affine com, or check the two headers",
-        )
+    data: NDArray[np.float32] = resample(volume, grid, transform)
+    data /= np.float32(intensity_scale(volume, normalisation))
+    return np.clip(data, 0, 1, out=data)

@@ -74,6 +74,16 @@ def read_volume(path: PathLike, *, kind: Kind = "image") -> Volume:
             its values cannot be registered (NaN, Inf, constant, complex, colour).
         GeometryError: its affine is missing, singular or sheared.
     """
+    image = open_image(path)
+    return volume_from_image(image, name=str(path), kind=kind, path=Path(path))
+
+
+def open_image(path: PathLike) -> nib.Nifti1Image:
+    """Open a NIfTI file and read its header.
+
+    Raises:
+        ImageError: missing, unreadable, damaged, or not NIfTI.
+    """
     path = Path(path)
     _check_file(path)
     try:
@@ -87,7 +97,9 @@ def read_volume(path: PathLike, *, kind: Kind = "image") -> Volume:
             f"{path} is not a readable NIfTI image: {error}",
             "give a NIfTI-1 or NIfTI-2 file; convert other formats first, e.g. with mri_convert",
         ) from None
-    return volume_from_image(image, name=str(path), kind=kind, path=path)
+    if not isinstance(image, nib.Nifti1Image):  # a Nifti2Image is one too
+        raise ImageError(f"{path} is a {type(image).__name__}, expected NIfTI", "convert it first")
+    return image
 
 
 def volume_from_image(
@@ -100,14 +112,14 @@ def volume_from_image(
             "convert it to .nii or .nii.gz first",
         )
     shape = _checked_shape(image.shape, name)
-    affine = _checked_affine(image, name)
+    affine = checked_affine(image, name)
     dtype = image.get_data_dtype()
     if dtype.kind not in "iufb":
         raise ImageError(
             f"{name} holds {'colour' if dtype.names else dtype.name} voxels, expected one number",
             "extract one channel or the magnitude first",
         )
-    data = _read_data(image, name, path).reshape(shape)
+    data = read_data(image, name).reshape(shape)
     _check_values(data, name, kind)
     return Volume(data, affine, image.header.copy(), name, path)
 
@@ -186,8 +198,12 @@ def _checked_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _checked_affine(image: nib.Nifti1Image, name: str) -> NDArray[np.float64]:
-    """World RAS mm from voxel index: the sform where there is one, else the qform."""
+def checked_affine(image: nib.Nifti1Image, name: str) -> NDArray[np.float64]:
+    """World RAS mm from voxel index: the sform where there is one, else the qform.
+
+    Raises:
+        GeometryError: missing, not finite, singular or sheared.
+    """
     header = image.header
     hint = "set it with nibabel's set_sform, fslorient or 3drefit, or convert from DICOM again"
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
@@ -244,11 +260,16 @@ def _mm(lengths: Iterable[float]) -> str:
     return "x".join(f"{length:.3g}" for length in lengths)
 
 
-def _read_data(image: nib.Nifti1Image, name: str, path: Path | None) -> NDArray[Any]:
+def read_data(image: nib.Nifti1Image, name: str) -> NDArray[Any]:
+    """The values: in the file's type, or float32 where they are scaled or wider.
+
+    Raises:
+        ImageError: the file ends early or is damaged, or it does not fit in memory.
+    """
     try:
         data = np.asanyarray(image.dataobj)
     except (gzip.BadGzipFile, EOFError, zlib.error, OSError, ValueError) as error:
-        raise _damaged(path or name, error) from None
+        raise _damaged(name, error) from None
     except MemoryError:
         raise ImageError(f"{name} does not fit in memory", "resample it to about 1 mm") from None
     if data.dtype.itemsize > 8 or (data.dtype.kind == "f" and data.dtype.itemsize != 4):
@@ -282,26 +303,26 @@ def image_on_grid(
     """``data`` as an image on ``like``'s grid: sform, qform, codes and units untouched.
 
     Args:
-        data: (X, Y, Z), the values written, unscaled, in their own type.
+        data: (X, Y, Z[, ...]), the values written, unscaled, in their own type.
         like: the volume whose grid it lies on.
-        affine: only for a grid of its own: written as sform and qform, code 1 ("scanner").
+        affine: (4, 4); given, it is written in mm as both sform and qform, whatever the two of
+            ``like`` are, with ``like``'s code. For files whose readers must not have a choice.
     """
     header = like.header.copy()
     header.set_data_dtype(data.dtype)
-    header.set_slope_inter(1.0, 0.0)
     header.set_intent("none")
     header["cal_min"] = header["cal_max"] = 0.0
     header["descrip"] = b"ulae-rt"
     # Extensions describe the other file (its DICOM fields, its history), not this one.
     header.extensions.clear()
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    if affine is None:
-        # Without an affine of its own nibabel leaves both forms as the header has them, bit for bit
-        return image_class(data, None, header, dtype=data.dtype)
+    # Without an affine of its own nibabel leaves both forms as the header has them.
     image = image_class(data, affine, header, dtype=data.dtype)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units("mm")
+    if affine is not None:
+        code = int(like.header["sform_code"]) or int(like.header["qform_code"]) or 1
+        image.set_sform(affine, code=code)
+        image.set_qform(affine, code=code)
+        image.header.set_xyzt_units("mm")
     return image
 
 
@@ -313,9 +334,22 @@ def write_volume(path: PathLike, data: NDArray[Any], like: Volume) -> None:
 
 
 def save_image(image: nib.Nifti1Image, path: PathLike) -> None:
-    """Write a nibabel image; a full disk or a lost folder becomes an OutputError."""
+    """Write a nibabel image; the same image gives the same bytes every time.
+
+    Raises:
+        OutputError: the disk is full, the folder is gone or closed.
+    """
     try:
-        nib.save(image, path)
+        with open(path, "wb") as raw:
+            if not str(path).endswith(".gz"):
+                image.to_stream(raw)
+                return
+            with gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
+                # Interpolated floats hardly repeat: looking only for runs (the background) and
+                # leaving the rest to Huffman coding takes a third of level 1's time and no more
+                # bytes.
+                packed.compress = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
+                image.to_stream(packed)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}", "check space and permissions"
