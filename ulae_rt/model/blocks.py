@@ -4,6 +4,8 @@ Features travel as channels_last_3d: with it torch's CPU convolutions run up to 
 and in bf16 up to five times (bench/NOTES.md).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
@@ -114,6 +116,22 @@ class ConvBlock(nn.Sequential):
         return norm_activate(conv3d(x, self[0].weight, stride=self.stride, padding=1))
 
 
+class FoldedWeights(NamedTuple):
+    """What :class:`MovingBlock` applies: its branches after multiplication with ``out``.
+
+    Attributes:
+        bias: (out,), all biases together.
+        fixed: (out, out, 1, 1, 1), applied to the fixed path's features.
+        mean: (out, in, 1, 1, 1), applied to the mean of the input over the volume.
+        dilated: dilation to (out, in, 3, 3, 3), applied to the input with stride 2.
+    """
+
+    bias: Tensor
+    fixed: Tensor
+    mean: Tensor
+    dilated: dict[int, Tensor]
+
+
 class MovingBlock(nn.Module):
     """ASPP block of the moving path (stride 2), evaluated as the one linear operator it is.
 
@@ -138,8 +156,8 @@ class MovingBlock(nn.Module):
         self.ab18 = nn.Conv3d(in_channels, out_channels, 3)
         self.out = nn.Conv3d(7 * out_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """(B, in, D, H, W) and the fixed path's (B, out, D/2, H/2, W/2) to the latter's shape."""
+    def folded(self) -> FoldedWeights:
+        """The weights of the one linear operator that the branches and ``out`` make together."""
         branches = (self.conv, self.conv2, self.ab1, self.ab6, self.ab12, self.ab18)
         *mixes, mix_y = self.out.weight.flatten(1).split(self.out.out_channels, dim=1)
         pooled, near, centre, *dilated = (
@@ -154,11 +172,15 @@ class MovingBlock(nn.Module):
         for factor, kernel in enumerate(dilated, start=1):
             dilation = factor * self.dilation
             kernels[dilation] = kernels[dilation] + kernel if dilation in kernels else kernel
+        return FoldedWeights(bias, mix_y[:, :, None, None, None], pooled, kernels)
 
-        mean = x.mean(dim=(2, 3, 4), keepdim=True, dtype=pooled.dtype)
-        out = conv3d(y, mix_y[:, :, None, None, None], bias)
-        out = out + conv3d(mean, pooled).to(out.dtype)
-        for dilation, kernel in kernels.items():
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """(B, in, D, H, W) and the fixed path's (B, out, D/2, H/2, W/2) to the latter's shape."""
+        weights = self.folded()
+        mean = x.mean(dim=(2, 3, 4), keepdim=True, dtype=weights.mean.dtype)
+        out = conv3d(y, weights.fixed, weights.bias)
+        out = out + conv3d(mean, weights.mean).to(out.dtype)
+        for dilation, kernel in weights.dilated.items():
             out = out + _strided_conv3d(x, kernel, dilation)
         return F.leaky_relu(out, NEGATIVE_SLOPE)
 
