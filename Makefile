@@ -9,7 +9,7 @@ DEMO    := demo_out
 # The first of these that runs, is 3.11 or 3.12 and can make an environment.
 FIND_PYTHON = for python in $(PYTHON) python3.12 python3.11 python3; do \
 	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
-		2>/dev/null && { command -v "$$python"; break; }; done
+		2>/dev/null && { command -v "$$python"; break; }; done; true
 
 # A stamp that survived a move of the checkout, a removed interpreter or a half-deleted environment
 # promises what is no longer there.
