@@ -50,7 +50,8 @@ def check_same(op: str, x: Tensor, y: Tensor) -> None:
     """``y`` has ``x``'s shape and device."""
     if x.shape != y.shape:
         raise ShapeError(
-            f"{op}: y has shape {tuple(y.shape)}, expected {tuple(x.shape)} as x", "crop or resample"
+            f"{op}: y has shape {tuple(y.shape)}, expected {tuple(x.shape)} as x",
+            "crop or resample one of them",
         )
     if x.device != y.device:
         raise ShapeError(f"{op}: y is on {y.device}, expected {x.device} as x", "move one")

@@ -1,4 +1,4 @@
-"""ulae_rt: a deployment runtime for learned deformable brain registration (ULAE-net, MICCAI 2021)."""
+"""Deployment runtime for learned deformable brain registration (ULAE-net, MICCAI 2021)."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -42,6 +42,7 @@ class Report:
         self.enabled = enabled
 
     def __call__(self, line: str = "") -> None:
+        """Say one line."""
         if self.enabled:
             print(line, flush=True)
 

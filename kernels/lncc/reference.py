@@ -1,10 +1,10 @@
 """Specification of ``lncc`` and ``multi_window_lncc`` in plain torch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 
@@ -27,20 +27,21 @@ class _BoxSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, window: int) -> Tensor:
-        ctx.window = window  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, window: int) -> Tensor:
+        ctx.window = window
         for axis in (2, 3, 4):
             x = _axis_sums(x, window, axis)
         return x
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _BoxSum.apply(grad, ctx.window), None  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return box_sum(grad, ctx.window), None
 
 
 def box_sum(x: Tensor, window: int) -> Tensor:
     """(B, C, D, H, W) to the same shape: the sum over a window^3 box, zero outside."""
-    return _BoxSum.apply(x, window)
+    total: Tensor = _BoxSum.apply(x, window)
+    return total
 
 
 def multi_window_lncc_reference(

@@ -4,11 +4,10 @@ Features travel as channels_last_3d: with it torch's CPU convolutions run up to 
 and in bf16 up to five times (bench/NOTES.md).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 NEGATIVE_SLOPE = 0.2
@@ -46,16 +45,16 @@ class _NormActivate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         y, rstd = _norm_activate(x)
-        ctx.save_for_backward(y, rstd)  # type: ignore[attr-defined]
+        ctx.save_for_backward(y, rstd)
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        y, rstd = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        y, rstd = ctx.saved_tensors
         h = F.leaky_relu(y, 1 / NEGATIVE_SLOPE)
-        g = torch.ops.aten.leaky_relu_backward(grad, y, NEGATIVE_SLOPE, True)
+        g: Tensor = torch.ops.aten.leaky_relu_backward(grad, y, NEGATIVE_SLOPE, True)
         voxels = y[0, 0].numel()
         mean_g = g.sum(dim=(2, 3, 4), keepdim=True) / voxels
         mean_gh = (g * h).sum(dim=(2, 3, 4), keepdim=True) / voxels
@@ -67,9 +66,7 @@ def _norm_activate(x: Tensor) -> tuple[Tensor, Tensor]:
     # torch's CPU runs on channels_last_3d without a copy to the default layout and back.
     batch, channels, *sizes = x.shape
     voxels = sizes[0] * sizes[1] * sizes[2]
-    y, _, rstd = torch.native_group_norm(
-        x, None, None, batch, channels, voxels, channels, NORM_EPS
-    )
+    y, _, rstd = torch.native_group_norm(x, None, None, batch, channels, voxels, channels, NORM_EPS)
     return F.leaky_relu_(y, NEGATIVE_SLOPE), rstd
 
 
@@ -113,7 +110,9 @@ class ConvBlock(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, D, H, W) to (B, out, D / stride, H / stride, W / stride)."""
-        return norm_activate(conv3d(x, self[0].weight, stride=self.stride, padding=1))
+        return norm_activate(
+            conv3d(x, cast(nn.Conv3d, self[0]).weight, stride=self.stride, padding=1)
+        )
 
 
 class FoldedWeights(NamedTuple):
@@ -164,7 +163,7 @@ class MovingBlock(nn.Module):
             (mix @ branch.weight.flatten(1)).view_as(branch.weight)
             for mix, branch in zip(mixes, branches, strict=True)
         )
-        bias = self.out.bias
+        bias = cast(Tensor, self.out.bias)
         for mix, branch in zip(mixes, branches, strict=True):
             bias = bias + mix @ branch.bias
 

@@ -1,6 +1,6 @@
 """ULAE-net: uncoupled encoder, accumulative decoder, both published variants."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from ulae_rt.conventions import SIZE_MULTIPLE
 from ulae_rt.errors import ShapeError, UsageError
 from ulae_rt.kernels import compose, warp, warp_compose
-from ulae_rt.model.metadata import Metadata
 from ulae_rt.model.blocks import (
     ConvBlock,
     MovingBlock,
@@ -18,6 +17,7 @@ from ulae_rt.model.blocks import (
     resize_displacement,
     upsample2,
 )
+from ulae_rt.model.metadata import Metadata
 
 VARIANTS = ("paper", "release")
 STEPS = 3
@@ -187,9 +187,9 @@ class UlaeNet(nn.Module):
             {str(s): nn.Conv3d(channels, 3, 3, padding=1) for s in self.used_steps}
         )
         for head in self.heads.values():
-            nn.init.normal_(head.weight, 0.0, _HEAD_STD)
-            nn.init.zeros_(head.bias)
-        self.to(memory_format=torch.channels_last_3d)
+            nn.init.normal_(cast(nn.Conv3d, head).weight, 0.0, _HEAD_STD)
+            nn.init.zeros_(cast(Tensor, cast(nn.Conv3d, head).bias))
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def forward(self, moving: Tensor, fixed: Tensor) -> RegistrationOutput:
         """Register with every intermediate result, for training and analysis.
@@ -266,7 +266,7 @@ class UlaeNet(nn.Module):
         decoder = self.decoders[str(step) if self.variant == "release" else str(STEPS)]
         features = decoder(fused, as_features(pair, dtype), step)
         # The head is a flow, not a feature: half precision would round its voxels.
-        head = self.heads[str(step)]
+        head = cast(nn.Conv3d, self.heads[str(step)])
         disp = conv3d(features.to(moving.dtype), head.weight, head.bias, padding=1)
         return resize_displacement(disp, _STEP_FACTORS[step - 1])
 

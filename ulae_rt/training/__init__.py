@@ -1,0 +1,1 @@
+"""Training: configuration, pairs, the loop and its validation."""

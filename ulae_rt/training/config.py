@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ulae_rt.conventions import FULL_SHAPE, SIZE_MULTIPLE
 from ulae_rt.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0)]
@@ -33,7 +32,7 @@ class DataConfig(_Section):
     train: Path
     val: Path | None = None
     val_pairs: Annotated[int, Field(ge=1)] = 5
-    pool: Annotated[int, Field(ge=1, le=4)] = 1
+    pool: Literal[1, 2, 4] = 1
     workers: Annotated[int, Field(ge=0)] = 0
     description: str = ""
     licence: str = ""
@@ -96,7 +95,7 @@ class OptimiserConfig(_Section):
     """Adam.
 
     Attributes:
-        lr: learning rate; lr_final: where a half cosine brings it by the last step (none: constant).
+        lr: learning rate; lr_final: where a half cosine brings it by the last step; none: constant.
         warmup: first steps over which it rises linearly from 0.
         precision: type of the features.
     """
@@ -152,12 +151,6 @@ def read_config(path: Path) -> TrainConfig:
         raise ConfigError(
             f"{path}: {where}: {first['msg']}, got {first.get('input')!r}", "see configs/"
         ) from error
-    if any(size % (config.data.pool * SIZE_MULTIPLE) for size in FULL_SHAPE):
-        raise ConfigError(
-            f"{path}: data.pool is {config.data.pool}, which does not leave multiples of "
-            f"{SIZE_MULTIPLE} from {FULL_SHAPE}",
-            "use 1 or 2",
-        )
     base = path.resolve().parent
     data = config.data.model_copy(
         update={

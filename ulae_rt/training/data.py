@@ -140,9 +140,7 @@ def augment_pair(
     random: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Random changes of a pair of (1, D, H, W) images; see :class:`AugmentConfig`."""
-    common = random_affine(
-        config.rotation_deg, config.scale, config.shift_mm / voxel_mm, random
-    )
+    common = random_affine(config.rotation_deg, config.scale, config.shift_mm / voxel_mm, random)
     spread = (1 - config.residual_scale, 1 + config.residual_scale)
     own = random_affine(config.residual_deg, spread, config.residual_mm / voxel_mm, random)
     if random.random() < config.flip:

@@ -1,0 +1,196 @@
+"""Training runs on a few tiny-network steps: what is learned, logged, kept and gone on from."""
+
+import csv
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from ulae_rt import cli
+from ulae_rt.conventions import FULL_SHAPE
+from ulae_rt.errors import ConfigError
+from ulae_rt.model import load_model
+from ulae_rt.training import loop
+from ulae_rt.training.config import OptimiserConfig, read_config
+from ulae_rt.training.loop import Trainer, learning_rate
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three smooth blobs, each a shifted copy of the first, on the full grid, with labels."""
+    folder = tmp_path_factory.mktemp("scans")
+    random = np.random.default_rng(0)
+    blob = gaussian_filter(random.random([s // 8 for s in FULL_SHAPE]), 1)
+    blob = np.kron(blob, np.ones((8, 8, 8)))
+    blob = gaussian_filter(blob, 3)
+    blob = (blob - blob.min()) / (blob.max() - blob.min())
+    for name, shift in (("a", 0), ("b", 4), ("c", -4)):
+        image = np.roll(blob, shift, axis=1)
+        image[:16], image[-16:], image[:, :16], image[:, -16:] = 0, 0, 0, 0
+        labels = np.digitize(image, [0.3, 0.5, 0.7]).astype(np.uint8)
+        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / f"{name}_labels.nii.gz")
+    return folder
+
+
+def write_config(path: Path, scans: Path, steps: int, extra: str = "", lr: float = 1e-3) -> Path:
+    path.write_text(
+        f"""
+[data]
+train = "{scans}"
+val = "{scans}"
+val_pairs = 2
+pool = 4
+description = "blobs"
+licence = "none"
+[output]
+folder = "run"
+checkpoint_every = 2
+validate_every = 4
+[model]
+channels = 2
+[loss]
+windows = [5, 3]
+smoothness = 0.1
+folding = 1.0
+[augment]
+flip = 0.5
+rotation_deg = 5.0
+intensity = 0.1
+[optimiser]
+steps = {steps}
+lr = {lr}
+{extra}
+"""
+    )
+    return path
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "run" / loop.LOG_FILE).open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(folder / "run" / loop.WEIGHTS_FILE).state_dict())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for folder in (whole, halves):
+        folder.mkdir()
+    config = write_config(whole / "c.toml", scans, 4)
+    assert cli.main(["train", str(config), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 4
+    assert result["val_dice"] > 0.5
+
+    assert cli.main(["train", str(write_config(halves / "c.toml", scans, 2))]) == 0
+    assert cli.main(["train", str(write_config(halves / "c.toml", scans, 4)), "--resume"]) == 0
+
+    for key, value in weights(whole).items():
+        assert torch.equal(value, weights(halves)[key]), key
+    assert rows(whole)[-1] == rows(halves)[-1]
+    metadata = load_model(whole / "run" / loop.WEIGHTS_FILE).metadata
+    assert metadata.shape == (40, 48, 40)
+    assert metadata.spacing_mm == 4.0
+    assert (metadata.training_data, metadata.licence) == ("blobs", "none")
+    assert (whole / "run" / "tensorboard").is_dir()
+
+
+def test_training_registers(scans: Path, tmp_path: Path) -> None:
+    config = read_config(write_config(tmp_path / "c.toml", scans, 40, lr=5e-3))
+    config = config.model_copy(update={"augment": type(config.augment)()})
+    result = Trainer(config, resume=False).run(lambda _: None)
+    assert result["val_dice"] > result["val_baseline"] + 0.03
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_pair_and_a_checkpoint(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = loop.registration_loss
+
+    def broken(*args: object, **kwargs: object) -> loop.Loss:
+        loss = original(*args, **kwargs)  # type: ignore[arg-type]
+        return loss._replace(total=loss.total * float("nan"))
+
+    monkeypatch.setattr(loop, "registration_loss", broken)
+    assert cli.main(["train", str(write_config(tmp_path / "c.toml", scans, 4))]) == 1
+    error = capsys.readouterr().err
+    assert "the loss of " in error
+    assert " -> " in error
+    assert (tmp_path / "run" / loop.STATE_FILE).is_file()
+
+
+def test_an_earlier_run_is_not_overwritten(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "c.toml", scans, 1)
+    assert cli.main(["train", str(config)]) == 0
+    before = (tmp_path / "run" / loop.STATE_FILE).read_bytes()
+    assert cli.main(["train", str(config)]) == 1
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "run" / loop.STATE_FILE).read_bytes() == before
+
+    changed = write_config(tmp_path / "c.toml", scans, 2, lr=1e-2)
+    assert cli.main(["train", str(changed), "--resume"]) == 1
+    assert "[optimiser] differs" in capsys.readouterr().err
+
+
+def test_nothing_to_resume(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(write_config(tmp_path / "c.toml", scans, 1)), "--resume"]) == 1
+    assert "nothing to resume" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_learning_rate() -> None:
+    config = OptimiserConfig(steps=110, lr=1.0, lr_final=0.2, warmup=10)
+    assert learning_rate(config, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 9) == pytest.approx(1.0)
+    assert learning_rate(config, 60) == pytest.approx(0.6)
+    assert learning_rate(config, 110) == pytest.approx(0.2)
+    assert learning_rate(OptimiserConfig(steps=5, lr=0.3), 4) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[data", "not valid TOML"),
+        ("[data]\ntrain='x'", "output: Field required"),
+        ("[data]\ntrain='x'\ntrian='y'\n[output]\nfolder='r'", r"data.trian: Extra inputs"),
+        ("[data]\ntrain='x'\n[output]\nfolder='r'\n[loss]\nwindows=[4]", "loss.windows: .*odd"),
+        ("[data]\ntrain='x'\npool=3\n[output]\nfolder='r'", "data.pool: "),
+        ("[data]\ntrain='x'\n[output]\nfolder='r'\n[optimiser]\nlr=-1.0", "optimiser.lr: "),
+    ],
+)
+def test_bad_configurations(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(path)
+
+
+def test_a_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(tmp_path / "none.toml")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "hint: " in error
+
+
+def test_paths_are_relative_to_the_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[data]\ntrain='scans'\n[output]\nfolder='run'")
+    config = read_config(path)
+    assert config.data.train == tmp_path / "scans"
+    assert config.output.folder == tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["paper.toml", "oasis-2mm.toml"])
+def test_shipped_configurations_are_valid(name: str) -> None:
+    read_config(Path(__file__).parents[2] / "configs" / name)
