@@ -1,0 +1,156 @@
+"""Register one pair of NIfTI scans of any size, spacing and orientation."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from ulae_rt.errors import UsageError
+from ulae_rt.imaging.affine import AFFINE_MODES
+from ulae_rt.imaging.warpfile import WARP_FORMATS
+from ulae_rt.registrar import (
+    BACKENDS,
+    PRECISIONS,
+    SIMILARITY,
+    Clock,
+    Registrar,
+    as_volume,
+    output_files,
+)
+
+if TYPE_CHECKING:
+    from ulae_rt.cli import Report
+
+OUTPUTS = ("moved", "warp", "moved_labels", "jacobian", "qc")
+STAGES = ("read", "load", "affine", "preprocess", "network", "warp", "write")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``ulae-rt register``."""
+    files = parser.add_argument_group("files", "NIfTI; all that is written lies on FIXED's grid")
+    files.add_argument("-m", "--moving", type=Path, required=True, help="scan that is aligned")
+    files.add_argument("-f", "--fixed", type=Path, required=True, help="scan it is aligned to")
+    files.add_argument("-o", "--moved", type=Path, required=True, help="MOVING aligned (written)")
+    files.add_argument("-w", "--warp", type=Path, help="displacement, affine included (written)")
+    files.add_argument("--labels", type=Path, metavar="SEG", help="label map of MOVING")
+    files.add_argument("--moved-labels", type=Path, metavar="OUT", help="SEG aligned (written)")
+    files.add_argument("--jacobian", type=Path, metavar="OUT", help="local volume (written)")
+    files.add_argument("--qc", type=Path, metavar="PNG", help="picture to judge it by (written)")
+    files.add_argument(
+        "--warp-format", choices=WARP_FORMATS, default="itk",
+        help="itk: 5-D LPS mm for ITK, ANTs, Slicer; ras: 4-D RAS mm; voxel: 4-D (%(default)s)",
+    )  # fmt: skip
+    files.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    network = parser.add_argument_group("network")
+    source = network.add_mutually_exclusive_group()
+    source.add_argument("--weights", type=Path, metavar="FILE", help="instead of those shipped")
+    source.add_argument(
+        "--engine", type=Path, metavar="DIR", help="exported engine, needs no torch"
+    )
+    network.add_argument(
+        "--affine", choices=AFFINE_MODES, default="affine",
+        help="alignment before it: none trusts the headers, com moves the centre (%(default)s)",
+    )  # fmt: skip
+    network.add_argument("--backend", choices=BACKENDS, default="auto", help="(%(default)s)")
+    network.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="(%(default)s)"
+    )
+    network.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(%(default)s)")
+
+
+def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
+    """Register, write, and say how well it went."""
+    if (arguments.labels is None) != (arguments.moved_labels is None):
+        raise UsageError("--labels and --moved-labels must come together", "give both, or neither")
+    if arguments.qc is not None and arguments.qc.suffix.lower() != ".png":
+        raise UsageError(f"--qc is {arguments.qc}, expected a .png file", "rename it")
+    wanted = {n: getattr(arguments, n) for n in OUTPUTS if getattr(arguments, n) is not None}
+    for name, path in wanted.items():
+        if name != "qc" and path.suffix.lower() == ".png":
+            raise UsageError(f"{path} must end in .nii.gz or .nii", "rename the output")
+    inputs = [p for p in (arguments.moving, arguments.fixed, arguments.labels) if p is not None]
+    output_files(list(wanted.values()), arguments.overwrite, inputs)
+    _check_device(arguments.device)
+
+    with _progress() as step:
+        clock = Clock(step)
+        # Before the network: a bad scan is said at once, not after torch has loaded.
+        with clock("read"):
+            moving = as_volume(arguments.moving, "moving")
+            fixed = as_volume(arguments.fixed, "fixed")
+            labels = as_volume(arguments.labels, "labels", "labels") if arguments.labels else None
+        with clock("load"):
+            registrar = Registrar(
+                arguments.engine or arguments.weights,
+                device=arguments.device,
+                backend=arguments.backend,
+                precision=arguments.precision,
+                affine=arguments.affine,
+            )
+        result = registrar(moving, fixed, labels=labels, progress=step)
+        stats = result.stats
+        before, after = stats.similarity_before, stats.similarity_after
+        with clock("write"):
+            result.save(
+                **wanted,
+                caption=f"{arguments.moving.name} to {arguments.fixed.name}: correlation "
+                f"{before:.3f} to {after:.3f}, {stats.folding_percent:.2f} % of the brain folded",
+                warp_format=arguments.warp_format,
+                overwrite=arguments.overwrite,
+                inputs=inputs,
+            )
+    taken = {
+        stage: clock.seconds.get(stage, 0.0) + stats.seconds.get(stage, 0.0) for stage in STAGES
+    }
+    stats.seconds = taken
+    report(f"network     {registrar.network.description}")
+    report(f"similarity  {before:.4f} before, {after:.4f} after ({SIMILARITY})")
+    report(
+        f"folding     {stats.folding_percent:.3f} % of the brain, "
+        f"{stats.folding_image_percent:.3f} % of the image"
+    )
+    times = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in taken.items())
+    report(f"seconds     {times}; {sum(taken.values()):.1f} in all")
+    for name, path in wanted.items():
+        report(f"{name.replace('_', ' '):<11} {path}")
+    return {
+        "moving": str(arguments.moving),
+        "fixed": str(arguments.fixed),
+        "outputs": {name: str(path) for name, path in wanted.items()},
+        "warp_format": arguments.warp_format,
+        "network": registrar.network.description,
+        "affine_mode": arguments.affine,
+        "affine": result.affine.tolist(),
+        "affine_direction": "fixed RAS mm -> moving RAS mm",
+        **stats.to_dict(),
+    }
+
+
+def _check_device(device: str) -> None:
+    name, _, index = device.partition(":")
+    if name not in ("auto", "cpu", "cuda") or (index and (name != "cuda" or not index.isdigit())):
+        raise UsageError(f"--device is {device!r}, expected auto, cpu or cuda[:N]", "see -h")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A bar over the stages on a terminal's stderr, nothing elsewhere."""
+    with tqdm(total=len(STAGES), disable=None, file=sys.stderr, leave=False) as bar:
+        started: set[str] = set()
+
+        def step(stage: str) -> None:
+            bar.update(len(started) - bar.n)
+            started.add(stage)
+            bar.set_description(stage)
+
+        yield step
+
+
+if __name__ == "__main__":
+    from ulae_rt.cli import run_command
+
+    sys.exit(run_command("register"))
