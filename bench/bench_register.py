@@ -1,0 +1,76 @@
+"""`ulae-rt register` as a user runs it: a process from files to files, stage by stage."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timing
+
+pytest.importorskip("nibabel", reason="reads NIfTI files")
+
+SAMPLES = timing.ROOT / "samples"
+MOVING, FIXED = SAMPLES / "colin27_brain.nii.gz", SAMPLES / "mni152_2009a_brain.nii.gz"
+CASES = {
+    "affine none": ["--affine", "none"],
+    "affine": ["--affine", "affine"],
+}
+
+
+def run(arguments: list[str], folder: Path) -> dict[str, float]:
+    """Seconds of each stage, of the whole process, and its peak memory in GB."""
+    command = [
+        sys.executable, "-m", "ulae_rt.register", "-m", str(MOVING), "-f", str(FIXED),
+        "-o", str(folder / "moved.nii.gz"), "-w", str(folder / "warp.nii.gz"),
+        "--jacobian", str(folder / "jacobian.nii.gz"), "--overwrite", "--json", *arguments,
+    ]  # fmt: skip
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    seconds: dict[str, float] = json.loads(output)["seconds"]
+    return {
+        **seconds,
+        "all but network and affine": sum(seconds.values())
+        - sum(seconds.get(k, 0.0) for k in ("network", "affine", "load")),
+        "process": time.perf_counter() - started,
+        "peak GB": usage.ru_maxrss / 1e6,
+    }
+
+
+def test_register(
+    full: bool, rounds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: dict[str, dict[str, list[float]]] = {name: {} for name in CASES}
+    for _ in range(rounds):
+        for name, arguments in CASES.items():
+            for key, value in run(arguments, tmp_path).items():
+                rows[name].setdefault(key, []).append(value)
+    if full:
+        timing.record("register", rows)
+    with capsys.disabled():
+        print("\nregister, Colin27 to ICBM 2009a, moved, warp and Jacobian written")
+        for name, row in rows.items():
+            medians = ", ".join(f"{k} {statistics.median(v):.2f}" for k, v in row.items())
+            print(f"{name:<14}{medians}")
+
+
+def test_import(full: bool, rounds: int, capsys: pytest.CaptureFixture[str]) -> None:
+    script = "import time; s = time.perf_counter(); import ulae_rt; print(time.perf_counter() - s)"
+    seconds = [
+        float(
+            subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
+        )
+        for _ in range(rounds)
+    ]
+    if full:
+        timing.record("import", {"import ulae_rt": seconds})
+    with capsys.disabled():
+        print(f"\nimport ulae_rt: {statistics.median(seconds) * 1e3:.1f} ms")

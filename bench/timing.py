@@ -1,0 +1,97 @@
+"""Contenders timed in one run, in turn, and the record that is left of it."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender, one warm-up each, then ``rounds`` times all of them in turn.
+
+    In turn, so that a machine that drifts drifts for all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, run in contenders.items():
+            _synchronise()
+            started = time.perf_counter()
+            run()
+            _synchronise()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def commit() -> str:
+    """Short hash of the checkout, with ``-dirty`` when files differ from it."""
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=9"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return run.stdout.strip() or "unknown"
+
+
+def record(name: str, rows: dict[str, Any]) -> Path:
+    """Write raw rounds and machine as ``results/<name>-<machine>-<date>-<commit>.json``."""
+    facts = machine()
+    where = (facts["gpu"] or f"cpu{facts['cores']}").replace(" ", "-").lower()
+    today = datetime.date.today().isoformat()
+    path = RESULTS / f"{name}-{where}-{today}-{commit()}.json"
+    command = " ".join(["pytest", *sys.argv[1:]])
+    content = {
+        "date": today,
+        "commit": commit(),
+        "command": command,
+        "machine": facts,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def table(seconds: dict[str, list[float]], baseline: str) -> str:
+    """Median, spread and ratio to the baseline's median, one line a contender."""
+    base = statistics.median(seconds[baseline])
+    lines = [f"{'':<28}{'median s':>10}{'min':>9}{'max':>9}{'ratio':>8}"]
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        lines.append(
+            f"{name:<28}{median:>10.3f}{min(values):>9.3f}{max(values):>9.3f}{median / base:>8.2f}"
+        )
+    return "\n".join(lines)
