@@ -266,8 +266,12 @@ def read_data(image: nib.Nifti1Image, name: str) -> NDArray[Any]:
     Raises:
         ImageError: the file ends early or is damaged, or it does not fit in memory.
     """
+    path = image.get_filename()
     try:
-        data = np.asanyarray(image.dataobj)
+        if path is not None and str(path).lower().endswith(".gz"):
+            data = _read_packed(image, path)
+        else:
+            data = np.asanyarray(image.dataobj)
     except (gzip.BadGzipFile, EOFError, zlib.error, OSError, ValueError) as error:
         raise _damaged(name, error) from None
     except MemoryError:
@@ -275,6 +279,15 @@ def read_data(image: nib.Nifti1Image, name: str) -> NDArray[Any]:
     if data.dtype.itemsize > 8 or (data.dtype.kind == "f" and data.dtype.itemsize != 4):
         data = data.astype(np.float32)
     return data.astype(data.dtype.newbyteorder("="), copy=False)
+
+
+def _read_packed(image: nib.Nifti1Image, path: PathLike) -> NDArray[Any]:
+    """The values of a gzipped file, read to its very end: that is where the checksum is."""
+    with gzip.open(path) as stream:
+        data = np.asanyarray(type(image).from_stream(stream).dataobj)
+        while stream.read(1 << 20):
+            pass
+    return data
 
 
 def _check_values(data: NDArray[Any], name: str, kind: Kind) -> None:

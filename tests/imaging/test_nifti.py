@@ -1,0 +1,375 @@
+"""Bad input by its message, geometry kept to the bit, and files written whole or not at all."""
+
+import gzip
+import logging
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from ulae_rt.errors import GeometryError, ImageError, OutputError, UsageError
+from ulae_rt.imaging import nifti
+from ulae_rt.imaging.nifti import (
+    Outputs,
+    check_output,
+    image_on_grid,
+    read_volume,
+    save_image,
+    volume_from_array,
+    write_volume,
+)
+
+rng = np.random.default_rng(0)
+DATA = rng.integers(0, 200, (7, 8, 9)).astype(np.int16)
+AFFINE = np.diag([2.0, 1.0, 1.5, 1.0])
+
+
+def save(path: Path, data=DATA, affine=AFFINE, **header) -> Path:
+    image = nib.Nifti1Image(data, affine)
+    for key, value in header.items():
+        image.header[key] = value
+    nib.save(image, path)
+    return path
+
+
+def patched(path: Path, offset: int, content: bytes) -> Path:
+    raw = bytearray(path.read_bytes())
+    raw[offset : offset + len(content)] = content
+    path.write_bytes(raw)
+    return path
+
+
+def test_a_good_file_keeps_values_type_and_affine(tmp_path):
+    volume = read_volume(save(tmp_path / "a.nii.gz"))
+    assert volume.data.dtype == np.int16
+    assert np.array_equal(volume.data, DATA)
+    assert np.array_equal(volume.affine, AFFINE)
+    assert volume.spacing_mm == (2.0, 1.0, 1.5)
+
+
+def test_one_trailing_frame_is_dropped(tmp_path):
+    assert read_volume(save(tmp_path / "a.nii", DATA[..., None])).shape == DATA.shape
+
+
+def test_scaled_values_are_read_scaled(tmp_path):
+    image = nib.Nifti1Image(DATA, AFFINE)
+    image.header.set_slope_inter(0.5, 10)
+    nib.save(image, tmp_path / "a.nii.gz")
+    volume = read_volume(tmp_path / "a.nii.gz")
+    assert volume.data.dtype == np.float32
+    np.testing.assert_allclose(volume.data, nib.load(tmp_path / "a.nii.gz").get_fdata(), rtol=1e-6)
+
+
+def test_big_endian_values_become_native(tmp_path):
+    image = nib.Nifti1Image(DATA.astype(">i2"), AFFINE, nib.Nifti1Header(endianness=">"))
+    nib.save(image, tmp_path / "a.nii")
+    volume = read_volume(tmp_path / "a.nii")
+    assert volume.data.dtype.isnative
+    assert np.array_equal(volume.data, DATA)
+
+
+def test_microns_are_millimetres_as_itk_has_it(tmp_path):
+    image = nib.Nifti1Image(DATA, np.diag([1000.0, 1000, 1000, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert read_volume(tmp_path / "a.nii.gz").spacing_mm == pytest.approx((1, 1, 1))
+    assert sitk.ReadImage(str(tmp_path / "a.nii.gz")).GetSpacing() == pytest.approx((1, 1, 1))
+
+
+def missing(p):
+    return p / "no.nii.gz"
+
+
+def folder(p):
+    (p / "d.nii.gz").mkdir()
+    return p / "d.nii.gz"
+
+
+def other_suffix(p):
+    (p / "a.mgz").write_bytes(b"x")
+    return p / "a.mgz"
+
+
+def empty_file(p):
+    (p / "a.nii.gz").write_bytes(b"")
+    return p / "a.nii.gz"
+
+
+def text(p):
+    (p / "a.nii").write_text("hello " * 100)
+    return p / "a.nii"
+
+
+def not_gzip(p):
+    save(p / "b.nii")
+    return (p / "b.nii").rename(p / "a.nii.gz")
+
+
+def truncated_gzip(p):
+    path = save(p / "a.nii.gz", rng.random((20, 20, 20)).astype(np.float32))
+    path.write_bytes(path.read_bytes()[:9000])
+    return path
+
+
+def truncated_header(p):
+    path = save(p / "a.nii.gz")
+    path.write_bytes(path.read_bytes()[:30])
+    return path
+
+
+def truncated_plain(p):
+    path = save(p / "a.nii")
+    path.write_bytes(path.read_bytes()[:800])
+    return path
+
+
+def damaged_gzip(p):
+    path = save(p / "a.nii.gz", rng.random((20, 20, 20)).astype(np.float32))
+    return patched(path, 9000, b"\xff" * 500)
+
+
+def nan(p):
+    data = DATA.astype(np.float32)
+    data[1, 2, 3] = np.nan
+    data[3, 2, 1] = np.inf
+    return save(p / "a.nii.gz", data)
+
+
+def colour(p):
+    rgb = np.zeros(DATA.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    return save(p / "a.nii.gz", rgb)
+
+
+def no_affine(p):
+    image = nib.Nifti1Image(DATA, AFFINE)
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nib.save(image, p / "a.nii.gz")
+    return p / "a.nii.gz"
+
+
+def header_of_size(*dim):
+    def make(p):
+        path = save(p / "a.nii")
+        values = np.array([len(dim), *dim] + [1] * (7 - len(dim)), np.int16)
+        return patched(path, 40, values.tobytes())
+
+    return make
+
+
+def with_sform(rows):
+    def make(p):
+        path = save(p / "a.nii")
+        return patched(path, 280, np.array(rows, np.float32).tobytes())
+
+    return make
+
+
+SINGULAR = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]]
+NAN_ROW = [[np.nan, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+SHEARED = [[1, 0.1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+TINY = [[1e-4, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (missing, ImageError, "does not exist"),
+        (folder, ImageError, "is a folder"),
+        (other_suffix, ImageError, r"expected \.nii or \.nii\.gz"),
+        (empty_file, ImageError, "is empty"),
+        (text, ImageError, "not a readable NIfTI"),
+        (not_gzip, ImageError, "truncated or damaged|not a readable"),
+        (truncated_gzip, ImageError, "truncated or damaged"),
+        (truncated_header, ImageError, "truncated or damaged|not a readable"),
+        (truncated_plain, ImageError, "truncated or damaged"),
+        (damaged_gzip, ImageError, "truncated or damaged"),
+        (nan, ImageError, "has 2 NaN or Inf voxels of 504"),
+        (colour, ImageError, "colour voxels"),
+        (lambda p: save(p / "a.nii", DATA.astype(np.complex64)), ImageError, "complex64 voxels"),
+        (lambda p: save(p / "a.nii", np.zeros_like(DATA)), ImageError, "constant: .* 0$"),
+        (lambda p: save(p / "a.nii", np.full_like(DATA, 7)), ImageError, "constant: .* 7$"),
+        (lambda p: save(p / "a.nii", np.stack([DATA] * 2, 3)), ImageError, "7x8x9x2, expected one"),
+        (lambda p: save(p / "a.nii", DATA[:, :, 0]), ImageError, "size 7x8, expected a 3-D"),
+        (lambda p: save(p / "a.nii", DATA[:, :, :1]), ImageError, "size 7x8x1, expected a 3-D"),
+        (header_of_size(7, 0, 9), ImageError, "no voxels|not a readable"),
+        (header_of_size(30000, 30000, 30000), ImageError, "more than 1024 on an axis"),
+        (header_of_size(1000, 1000, 1000), ImageError, r"or 5e\+08 voxels"),
+        (no_affine, GeometryError, "sform_code and qform_code are 0"),
+        (with_sform(SINGULAR), GeometryError, "cannot be inverted"),
+        (with_sform(NAN_ROW), GeometryError, "NaN or Inf in its affine"),
+        (with_sform(SHEARED), GeometryError, "sheared"),
+        (with_sform(TINY), GeometryError, r"0\.0001x1x1 mm"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(tmp_path, make, error, message):
+    with pytest.raises(error, match=message) as caught:
+        read_volume(make(tmp_path))
+    assert caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file(tmp_path):
+    path = save(tmp_path / "a.nii.gz")
+    path.chmod(0)
+    with pytest.raises(ImageError, match="permission denied"):
+        read_volume(path)
+
+
+def test_permission_denied_is_said(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(nifti.nib, "load", refuse)
+    with pytest.raises(ImageError, match="permission denied"):
+        read_volume(save(tmp_path / "a.nii.gz"))
+
+
+def test_labels_must_be_whole_numbers_and_may_be_constant(tmp_path):
+    halves = DATA.astype(np.float32) + 0.5
+    with pytest.raises(ImageError, match="holds fractions"):
+        read_volume(save(tmp_path / "a.nii.gz", halves), kind="labels")
+    read_volume(save(tmp_path / "b.nii.gz", np.zeros_like(DATA)), kind="labels")
+    read_volume(save(tmp_path / "c.nii.gz", DATA.astype(np.float32)), kind="labels")
+
+
+def test_differing_forms_warn_and_the_sform_is_used(tmp_path, caplog):
+    image = nib.Nifti1Image(DATA, AFFINE)
+    image.set_sform(AFFINE, 1)
+    shifted = AFFINE.copy()
+    shifted[0, 3] = 5
+    image.set_qform(shifted, 1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    with caplog.at_level(logging.WARNING):
+        volume = read_volume(tmp_path / "a.nii.gz")
+    assert "sform and qform differ by up to 5 mm; the sform is used" in caplog.text
+    assert np.array_equal(volume.affine, AFFINE)
+
+
+def test_agreeing_forms_are_silent(tmp_path, caplog):
+    image = nib.Nifti1Image(DATA, AFFINE)
+    image.set_sform(AFFINE, 1)
+    image.set_qform(AFFINE, 1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    read_volume(tmp_path / "a.nii.gz")
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.float16, np.float64, np.int64, np.uint8])
+def test_arrays_of_any_number_type(dtype):
+    volume = volume_from_array((DATA > 100).astype(dtype), AFFINE, name="moving")
+    assert volume.data.sum() == (DATA > 100).sum()
+
+
+def test_array_with_a_wrong_affine():
+    with pytest.raises(GeometryError, match=r"affine of shape \(3, 3\)"):
+        volume_from_array(DATA, np.eye(3), name="moving")
+
+
+OBLIQUE = nib.affines.from_matvec(
+    nib.eulerangles.euler2mat(0.1, 0.2, 0.3) @ np.diag([-1.0, 1.3, 2.0]), [10.5, -20.25, 30.125]
+)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
+def test_writing_keeps_sform_qform_codes_and_units_to_the_bit(tmp_path, suffix, image_class):
+    image = image_class(DATA, OBLIQUE)
+    image.set_sform(OBLIQUE, 4)
+    image.set_qform(OBLIQUE + np.diag([0.0, 0, 0, 0]), 2)
+    image.header.set_intent("t test", (2,))
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, tmp_path / "a.nii")
+    like = read_volume(tmp_path / "a.nii")
+    out = tmp_path / f"b{suffix}"
+    write_volume(out, rng.random(DATA.shape).astype(np.float32), like)
+    before, after = nib.load(tmp_path / "a.nii").header, nib.load(out).header
+    for field in (
+        ["sform_code", "qform_code", "xyzt_units", "srow_x", "srow_y", "srow_z"]
+        + ["quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"]
+    ):
+        assert before[field].tobytes() == after[field].tobytes(), field
+    assert np.array_equal(before["pixdim"][:4], after["pixdim"][:4])
+    assert after.get_intent()[0] == "none"
+    assert after.get_data_dtype() == np.float32
+
+
+def test_written_values_come_back_and_itk_reads_them(tmp_path):
+    like = volume_from_array(DATA, OBLIQUE, name="fixed")
+    data = rng.normal(size=DATA.shape).astype(np.float32)
+    data[:3] = 0
+    write_volume(tmp_path / "a.nii.gz", data, like)
+    assert np.array_equal(nib.load(tmp_path / "a.nii.gz").get_fdata(dtype=np.float32), data)
+    image = sitk.ReadImage(str(tmp_path / "a.nii.gz"))
+    assert np.array_equal(sitk.GetArrayFromImage(image).T, data)
+    assert gzip.decompress((tmp_path / "a.nii.gz").read_bytes())[:4] == b"\x5c\x01\x00\x00"
+
+
+def test_the_same_image_gives_the_same_bytes(tmp_path):
+    like = volume_from_array(DATA, OBLIQUE, name="fixed")
+    for name in ("a.nii.gz", "b.nii.gz"):
+        write_volume(tmp_path / name, DATA, like)
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
+    like = volume_from_array(DATA, AFFINE, name="fixed")
+
+    def half(image, path):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(nifti, "save_image", half)
+    with pytest.raises(error):
+        write_volume(tmp_path / "a.nii.gz", DATA, like)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_write_keeps_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "a.nii.gz").write_bytes(b"old")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Outputs([tmp_path / "a.nii.gz"], overwrite=True) as outputs,
+    ):
+        outputs.temporary(tmp_path / "a.nii.gz").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["a.nii.gz"]
+    assert (tmp_path / "a.nii.gz").read_bytes() == b"old"
+
+
+def test_a_full_disk_is_an_output_error():
+    image = image_on_grid(
+        rng.random((40, 40, 40)), volume_from_array(DATA, AFFINE, name="fixed"), AFFINE
+    )
+    with pytest.raises(OutputError, match="No space left"):
+        save_image(image, "/dev/full")
+
+
+def test_outputs_are_checked_before_work(tmp_path):
+    good = tmp_path / "a.nii.gz"
+    check_output(good, overwrite=False)
+    good.write_bytes(b"old")
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(good, overwrite=False)
+    check_output(good, overwrite=True)
+    with pytest.raises(OutputError, match="the folder .* does not exist"):
+        check_output(tmp_path / "no" / "a.nii", overwrite=False)
+    with pytest.raises(UsageError, match=r"must end in \.nii\.gz or \.nii"):
+        check_output(tmp_path / "a.img", overwrite=False)
+    (tmp_path / "d.nii").mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        check_output(tmp_path / "d.nii", overwrite=True)
+    with pytest.raises(UsageError, match="also an input"):
+        Outputs([good], overwrite=True, inputs=[tmp_path / "x" / ".." / "a.nii.gz"])
+    with pytest.raises(UsageError, match="named twice"):
+        Outputs([tmp_path / "b.nii", tmp_path / "b.nii"], overwrite=True)
+
+
+def test_a_closed_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(nifti.os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="cannot be written to"):
+        check_output(tmp_path / "a.nii", overwrite=False)
