@@ -63,8 +63,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     pytest.importorskip("setuptools", minversion="80")
     tree = tmp_path_factory.mktemp("tree")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("ulae_rt", "kernels", "export", "engines", "tests", "bench"):
-        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+    for name in ("ulae_rt", "kernels", "export", "engines", "tests", "bench", "samples"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
     build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
