@@ -121,8 +121,8 @@ def working_grid(
     """The axis-aligned RAS grid centred on a volume's brain.
 
     The grid's first point is snapped to the nearest voxel centre, so that a volume which is
-    already 1 mm and axis-aligned, in whatever order and direction its axes run, is copied and
-    not interpolated.
+    at the grid's spacing and axis-aligned, in whatever order and direction its axes run, is
+    copied and not interpolated.
 
     Args:
         volume: the image whose brain (voxels above 0) is centred.
@@ -247,9 +247,6 @@ def resample(
 
         out[p] = volume(transform(grid.affine p))
 
-    A volume at less than about two thirds of the grid's spacing is averaged over blocks first,
-    so that detail the grid cannot hold does not turn into noise.
-
     Args:
         volume: what is sampled.
         grid: where it is sampled.
@@ -261,14 +258,6 @@ def resample(
     """
     image = to_sitk(volume.data, volume.affine)
     matrix = np.eye(4) if transform is None else transform
-    if interp == "linear":
-        # Length of one grid step, seen in voxels of the volume, along each of its axes.
-        step = np.linalg.inv(volume.affine) @ matrix @ grid.affine
-        # An axis-aligned grid and any orientation of the volume: the largest component counts.
-        per_axis = np.abs(step[:3, :3]).max(axis=1)
-        factors = [max(1, int(f + 1 / 3)) for f in per_axis]
-        if max(factors) > 1:
-            image = sitk.BinShrink(image, factors)
     method = sitk.sitkLinear if interp == "linear" else sitk.sitkNearestNeighbor
     pixel = sitk.sitkFloat32 if interp == "linear" else image.GetPixelID()
     sampled = sitk.Resample(image, reference(grid), affine_to_sitk(matrix), method, 0.0, pixel)
@@ -306,6 +295,25 @@ def intensity_scale(volume: Volume, normalisation: str = NORMALISATION) -> float
     return float(np.partition(brain, k)[k])
 
 
+def _averaged(volume: Volume, grid: Grid, transform: Affine | None) -> Volume:
+    """A volume much finer than ``grid``, as means over blocks of about the grid's spacing.
+
+    Detail that the grid cannot hold must not turn into noise on it.
+    """
+    matrix = np.eye(4) if transform is None else transform
+    # One step of the grid in voxels of the volume, along the axis of each that it follows most.
+    step = np.abs(np.linalg.inv(volume.affine) @ matrix @ grid.affine)[:3, :3].max(axis=1)
+    factors = [max(1, int(voxels + 1 / 3)) for voxels in step]
+    if max(factors) == 1:
+        return volume
+    image = sitk.BinShrink(
+        sitk.Cast(to_sitk(volume.data, volume.affine), sitk.sitkFloat32), factors
+    )
+    block = np.diag([*factors, 1.0])
+    block[:3, 3] = (np.array(factors) - 1) / 2
+    return replace(volume, data=from_sitk(image), affine=volume.affine @ block)
+
+
 def network_input(
     volume: Volume,
     grid: Grid,
@@ -320,6 +328,6 @@ def network_input(
         transform: (4, 4), grid's RAS mm to the volume's RAS mm; the identity by default.
         normalisation: see `intensity_scale`.
     """
-    data: NDArray[np.float32] = resample(volume, grid, transform)
+    data: NDArray[np.float32] = resample(_averaged(volume, grid, transform), grid, transform)
     data /= np.float32(intensity_scale(volume, normalisation))
     return np.clip(data, 0, 1, out=data)

@@ -1,0 +1,262 @@
+"""Displacements by hand values, by ITK reading the files, and Jacobians by closed forms."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy.ndimage import map_coordinates
+
+from _support.brains import GEOMETRIES, centre_of, grid_affine, save_brain, world
+from ulae_rt.errors import ImageError, ShapeError, UsageError
+from ulae_rt.imaging.grid import Grid, grid_of, resample, working_grid
+from ulae_rt.imaging.nifti import read_volume, volume_from_array, write_volume
+from ulae_rt.imaging.transform import (
+    Deformation,
+    folding,
+    jacobian_determinant,
+    warp_image,
+)
+from ulae_rt.imaging.warpfile import WARP_FORMATS, read_warp, write_warp
+
+SHAPE = (64, 80, 64)
+TILT = nib.affines.from_matvec(
+    nib.eulerangles.euler2mat(0.1, -0.05, 0.08) @ np.diag([1.05, 0.95, 1.1]), [3.0, -4.0, 2.0]
+)
+
+
+def smooth_disp(shape=SHAPE, amplitude=2.5) -> np.ndarray:
+    """(3, D, H, W) voxels, smooth, no component or axis like another."""
+    d, h, w = (np.linspace(0, 2 * np.pi, n) for n in shape)
+    parts = (
+        np.sin(d)[:, None, None] * np.cos(h)[None, :, None] * np.ones(shape[2]),
+        0.7 * np.cos(h)[None, :, None] * np.sin(2 * w) * np.ones((shape[0], 1, 1)),
+        1.2 * np.sin(d + 1)[:, None, None] * np.cos(w) * np.ones((1, shape[1], 1)),
+    )
+    return (amplitude * np.stack(parts)).astype(np.float32)
+
+
+def itk_applies(warp_file, moving_file, reference_file, interpolator=sitk.sitkLinear):
+    """What a user of SimpleITK does with the three files; shares nothing with the package."""
+    field = sitk.ReadImage(str(warp_file), sitk.sitkVectorFloat64)
+    transform = sitk.DisplacementFieldTransform(field)
+    pixel = sitk.sitkFloat32 if interpolator == sitk.sitkLinear else sitk.sitkUnknown
+    moved = sitk.Resample(
+        sitk.ReadImage(str(moving_file)),
+        sitk.ReadImage(str(reference_file)),
+        transform,
+        interpolator,
+        0.0,
+        pixel,
+    )
+    return sitk.GetArrayFromImage(moved).transpose(2, 1, 0)
+
+
+@pytest.mark.parametrize("moving_name", ["RAS", "LIA", "oblique"])
+@pytest.mark.parametrize("fixed_name", GEOMETRIES)
+def test_itk_applying_our_files_gives_our_files(tmp_path, fixed_name, moving_name):
+    fixed = read_volume(save_brain(tmp_path / "f.nii.gz", *GEOMETRIES[fixed_name]))
+    moving = read_volume(save_brain(tmp_path / "m.nii.gz", *GEOMETRIES[moving_name]))
+    grid, _ = working_grid(fixed, SHAPE)
+    there = nib.affines.from_matvec(np.eye(3), centre_of(moving.shape, moving.affine))
+    here = nib.affines.from_matvec(np.eye(3), -centre_of(fixed.shape, fixed.affine))
+    affine = there @ TILT @ here
+    disp = Deformation(smooth_disp(), grid, affine).sample(grid_of(fixed))
+    labels = np.digitize(moving.data, [1, 60, 90, 120, 160]).astype(np.uint8)
+    write_volume(tmp_path / "ml.nii.gz", labels, moving)
+    write_warp(tmp_path / "w.nii.gz", disp, fixed)
+    moved = warp_image(moving, disp, grid_of(fixed))
+    write_volume(tmp_path / "o.nii.gz", moved, fixed)
+    seen = itk_applies(tmp_path / "w.nii.gz", tmp_path / "m.nii.gz", tmp_path / "f.nii.gz")
+    ours = nib.load(tmp_path / "o.nii.gz").get_fdata()
+    assert np.corrcoef(ours.ravel(), fixed.data.ravel())[0, 1] > 0.5  # the brains do meet
+    inside = (slice(2, -2),) * 3
+    assert np.abs(seen - ours)[inside].max() < 1e-3 * np.ptp(moving.data)
+
+    moved_labels = warp_image(
+        read_volume(tmp_path / "ml.nii.gz", kind="labels"), disp, grid_of(fixed), "nearest"
+    )
+    assert moved_labels.dtype == np.uint8
+    seen = itk_applies(
+        tmp_path / "w.nii.gz",
+        tmp_path / "ml.nii.gz",
+        tmp_path / "f.nii.gz",
+        sitk.sitkNearestNeighbor,
+    )
+    # A header's single precision may turn a tie; nothing else may differ.
+    assert np.count_nonzero(seen != moved_labels) <= 1e-4 * seen.size
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_displacement_on_the_grid_lands_where_the_formula_says(name):
+    shape, affine = GEOMETRIES[name]
+    fixed = Grid(shape, affine)
+    centre = centre_of(shape, affine)
+    grid = Grid((40, 44, 36), nib.affines.from_matvec(np.eye(3) * 2, centre - [37.3, 44.1, 33.7]))
+    u = smooth_disp(grid.shape)
+    disp = Deformation(u, grid, TILT).sample(fixed)
+    assert disp.dtype == np.float32
+
+    points = world(shape, affine)
+    index = nib.affines.apply_affine(np.linalg.inv(grid.affine), points)
+    at = np.moveaxis(index, -1, 0)
+    u_mm = 2 * np.stack([map_coordinates(c, at, order=1, mode="nearest") for c in u], -1)
+    expected = nib.affines.apply_affine(TILT, points + u_mm) - points
+    np.testing.assert_allclose(disp, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_shift_to_the_right_is_three_mm_in_world_whatever_the_axes(tmp_path, name):
+    fixed = read_volume(save_brain(tmp_path / "f.nii.gz", *GEOMETRIES[name]))
+    grid, _ = working_grid(fixed, SHAPE)
+    u = np.zeros((3, *SHAPE), np.float32)
+    u[0] = 3
+    disp = Deformation(u, grid, np.eye(4)).sample(grid_of(fixed))
+    np.testing.assert_allclose(disp, np.broadcast_to([3, 0, 0], disp.shape), atol=1e-5)
+    # moved(x) = moving(x + 3 R): one voxel of bright, 3 mm to the right of where it is found
+    spot = volume_from_array(
+        np.zeros((9, 9, 9), np.float32), np.diag([1.0, 1, 1, 1]), name="moving", kind="labels"
+    )
+    spot.data[6, 4, 4] = 1
+    target = Grid((9, 9, 9), np.eye(4))
+    shift = np.zeros((9, 9, 9, 3), np.float32)
+    shift[..., 0] = 3
+    moved = warp_image(spot, shift, target)
+    assert np.argwhere(moved == 1).tolist() == [[3, 4, 4]]
+
+
+def test_zero_displacement_and_no_affine_is_the_identity(tmp_path):
+    for name in ("RAS", "LIA", "PSR"):
+        fixed = read_volume(save_brain(tmp_path / f"{name}.nii.gz", *GEOMETRIES[name]))
+        grid, _ = working_grid(fixed, SHAPE)
+        disp = Deformation(np.zeros((3, *SHAPE), np.float32), grid, np.eye(4)).sample(
+            grid_of(fixed)
+        )
+        assert not disp.any()
+        assert np.array_equal(warp_image(fixed, disp, grid_of(fixed)), fixed.data)
+        assert np.array_equal(jacobian_determinant(disp, fixed.affine) == 1, disp[..., 0] == 0)
+
+
+def test_the_half_resolution_grid_lies_between_its_voxels():
+    # u = x along R at 1 mm; pooled by 2 the values are block means, at block centres
+    grid = Grid((8, 8, 8), nib.affines.from_matvec(np.eye(3), [5, 6, 7]))
+    pooled = grid.pooled(2)
+    assert pooled.affine[:3, 3].tolist() == [5.5, 6.5, 7.5]
+    ramp = np.broadcast_to(np.arange(8)[:, None, None], (8, 8, 8))
+    u = np.zeros((3, 4, 4, 4), np.float32)
+    u[0] = ramp.reshape(4, 2, 4, 2, 4, 2).mean((1, 3, 5)) / 2  # in voxels of 2 mm
+    disp = Deformation(u, pooled, np.eye(4)).sample(grid)
+    expected = [0.5, 1, 2, 3, 4, 5, 6, 6.5]  # linear inside, clamped at both ends
+    np.testing.assert_allclose(disp[:, 3, 3, 0], expected, atol=1e-6)
+
+
+def test_a_displacement_of_another_grid_is_refused():
+    with pytest.raises(ShapeError, match=r"expected \(3, 4, 4, 4\)"):
+        Deformation(np.zeros((3, 4, 4, 5), np.float32), Grid((4, 4, 4), np.eye(4)), np.eye(4))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_jacobian_of_a_linear_map_is_its_determinant(name):
+    shape, affine = GEOMETRIES[name]
+    disp = Deformation(np.zeros((3, 4, 4, 4), np.float32), Grid((4, 4, 4), np.eye(4)), TILT)
+    jacobian = jacobian_determinant(disp.sample(Grid(shape, affine)), affine)
+    assert jacobian.dtype == np.float32
+    np.testing.assert_allclose(jacobian, np.linalg.det(TILT[:3, :3]), rtol=2e-4)
+
+
+def test_jacobian_of_a_known_field_on_an_oblique_grid():
+    shape, affine = grid_affine((24, 30, 40), (0.5, 0.7, 0.4), "LIP", (25, -15, 10))
+    points = world(shape, affine)
+    x, y, z = np.moveaxis(points, -1, 0)
+    disp = np.stack([0.1 * x * y, 0.05 * y * z, 0.08 * x * z], -1).astype(np.float32)
+    zero = np.zeros_like(x)
+    gradient = np.stack(
+        [
+            np.stack([1 + 0.1 * y, 0.1 * x, zero], -1),
+            np.stack([zero, 1 + 0.05 * z, 0.05 * y], -1),
+            np.stack([0.08 * z, zero, 1 + 0.08 * x], -1),
+        ],
+        -2,
+    )
+    inside = (slice(1, -1),) * 3  # central differences of a quadratic are exact
+    np.testing.assert_allclose(
+        jacobian_determinant(disp, affine)[inside], np.linalg.det(gradient)[inside], atol=1e-4
+    )
+
+
+def test_folding_counts_the_image_and_the_brain():
+    jacobian = np.ones((10, 10, 10), np.float32)
+    jacobian[0] = -1
+    jacobian[1, 0] = 0
+    brain = np.zeros((10, 10, 10), bool)
+    brain[1:3] = True
+    result = folding(jacobian, brain)
+    assert result.image_percent == pytest.approx(11)
+    assert result.brain_percent == pytest.approx(5)
+
+
+@pytest.mark.parametrize("fmt", WARP_FORMATS)
+@pytest.mark.parametrize("name", ["LAS", "oblique-PIR"])
+def test_warp_files_come_back(tmp_path, name, fmt):
+    fixed = read_volume(save_brain(tmp_path / "f.nii.gz", *GEOMETRIES[name]))
+    disp = np.random.default_rng(0).normal(size=(*fixed.shape, 3)).astype(np.float32)
+    write_warp(tmp_path / "w.nii.gz", disp, fixed, fmt)
+    warp = read_warp(tmp_path / "w.nii.gz")
+    np.testing.assert_allclose(warp.disp, disp, atol=1e-5)
+    np.testing.assert_allclose(warp.grid.affine, fixed.affine, atol=1e-5)
+    header = nib.load(tmp_path / "w.nii.gz").header
+    assert header["sform_code"] == header["qform_code"] == 1
+    assert header.get_data_shape()[:3] == fixed.shape
+
+
+def test_what_each_warp_format_holds(tmp_path):
+    # Axes P, S, R at 1, 1.3, 2 mm: +1 mm to the right is -1 mm in LPS and +0.5 voxel on axis 2
+    shape, affine = grid_affine((10, 12, 14), (2, 1, 1.3), "PSR")
+    fixed = volume_from_array(np.ones(shape, np.uint8), affine, name="fixed", kind="labels")
+    disp = np.zeros((*shape, 3), np.float32)
+    disp[..., 0] = 1
+    held = {}
+    for fmt in WARP_FORMATS:
+        write_warp(tmp_path / "w.nii.gz", disp, fixed, fmt)
+        image = nib.load(tmp_path / "w.nii.gz")
+        held[fmt] = np.asarray(image.dataobj)
+        if fmt == "itk":
+            assert image.shape == (*shape, 1, 3)
+            assert image.header["intent_code"] == 1007
+        else:
+            assert image.shape == (*shape, 3)
+    assert held["itk"][0, 0, 0, 0].tolist() == [-1, 0, 0]
+    assert held["ras"][0, 0, 0].tolist() == [1, 0, 0]
+    np.testing.assert_allclose(held["voxel"][0, 0, 0], [0, 0, 0.5], atol=1e-6)
+
+
+def test_a_file_that_is_no_warp_is_refused(tmp_path):
+    image = save_brain(tmp_path / "a.nii.gz", *GEOMETRIES["RAS"])
+    with pytest.raises(ImageError, match="expected XxYxZx1x3"):
+        read_warp(image)
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6, 3), np.float32), np.eye(4)), tmp_path / "b.nii")
+    with pytest.raises(UsageError, match="does not say its unit"):
+        read_warp(tmp_path / "b.nii")
+    assert read_warp(tmp_path / "b.nii", "voxel").disp.shape == (4, 5, 6, 3)
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6, 1, 3), np.float32), np.eye(4)), tmp_path / "c.nii")
+    with pytest.raises(ImageError, match="intent 0, expected 1007"):
+        read_warp(tmp_path / "c.nii")
+
+
+def test_one_interpolation_only(tmp_path):
+    """A fixed grid and a moving grid that agree, whatever the working grid: values untouched."""
+    shape, affine = grid_affine((40, 50, 36), (1.2, 1.1, 1.4), angles_deg=(5, 0, 10))
+    volume = read_volume(save_brain(tmp_path / "a.nii.gz", shape, affine))
+    grid, _ = working_grid(volume, SHAPE)
+    zero = Deformation(np.zeros((3, *SHAPE), np.float32), grid, np.eye(4))
+    moved = warp_image(volume, zero.sample(grid_of(volume)), grid_of(volume))
+    np.testing.assert_allclose(moved, volume.data, atol=1e-3)
+
+
+def test_resampling_through_an_affine_is_the_warp_of_its_displacement(tmp_path):
+    fixed = read_volume(save_brain(tmp_path / "f.nii.gz", *GEOMETRIES["oblique"]))
+    moving = read_volume(save_brain(tmp_path / "m.nii.gz", *GEOMETRIES["LIA"]))
+    zero = Deformation(np.zeros((3, 4, 4, 4), np.float32), Grid((4, 4, 4), np.eye(4)), TILT)
+    moved = warp_image(moving, zero.sample(grid_of(fixed)), grid_of(fixed))
+    inside = (slice(2, -2),) * 3
+    direct = resample(moving, grid_of(fixed), TILT)
+    np.testing.assert_allclose(direct[inside], moved[inside], atol=0.05)
