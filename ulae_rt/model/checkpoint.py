@@ -8,22 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from ulae_rt.errors import BackendUnavailable, CheckpointError, UsageError
 from ulae_rt.model.metadata import Metadata
 from ulae_rt.model.ulae_net import STEPS, UlaeNet
+from ulae_rt.optional import require
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "ulae-oasis.safetensors"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_METADATA_KEY = "ulae_rt"
-_MODEL_KEY = "model"
+METADATA_KEY = "ulae_rt"
+MODEL_KEY = "model"
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 _RELEASED_KEY = re.compile(r"acc([123])\.(\w+)\.(.+)")
 
@@ -63,7 +62,10 @@ def save_checkpoint(path: str | os.PathLike[str], model: UlaeNet, metadata: Meta
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(safetensors.torch.save(tensors, {_METADATA_KEY: metadata.to_json()}))
+        content = require("safetensors.torch", "torch").save(
+            tensors, {METADATA_KEY: metadata.to_json()}
+        )
+        part.write_bytes(content)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -104,28 +106,30 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = read_torch(path)
-    if isinstance(content, dict) and isinstance(content.get(_METADATA_KEY), str):
-        return content[_MODEL_KEY], Metadata.from_json(content[_METADATA_KEY], str(path))
+    if isinstance(content, dict) and isinstance(content.get(METADATA_KEY), str):
+        metadata = Metadata.from_json(content[METADATA_KEY], str(path))
+        return _state_dict(content, path), metadata
     return _from_released(_state_dict(content, path), path)
 
 
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
+    safetensors = require("safetensors", "torch")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
+            text = (file.metadata() or {}).get(METADATA_KEY)
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     if text is None:
         raise CheckpointError(
-            f"{path}: holds no '{_METADATA_KEY}' metadata",
+            f"{path}: holds no '{METADATA_KEY}' metadata",
             "expected a file that `ulae-rt train` wrote",
         )
     return state, Metadata.from_json(text, str(path))
 
 
 def _state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
-    for key in ("state_dict", _MODEL_KEY):
+    for key in ("state_dict", MODEL_KEY):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break

@@ -19,7 +19,7 @@ from ulae_rt.errors import CheckpointError, TrainingError
 from ulae_rt.imaging.grid import NORMALISATION
 from ulae_rt.losses import Loss, registration_loss
 from ulae_rt.model import Metadata, UlaeNet, save_checkpoint
-from ulae_rt.model.checkpoint import PRECISIONS, read_torch
+from ulae_rt.model.checkpoint import METADATA_KEY, MODEL_KEY, PRECISIONS, read_torch
 from ulae_rt.training.config import OptimiserConfig, TrainConfig
 from ulae_rt.training.data import Pair, PairDataset, find_scans
 from ulae_rt.training.validation import Validation, first_pairs, validate
@@ -189,7 +189,8 @@ class Trainer:
                 {
                     "config": self.config.model_dump_json(),
                     "step": self.step,
-                    "model": self.model.state_dict(),
+                    METADATA_KEY: self._metadata().to_json(),
+                    MODEL_KEY: self.model.state_dict(),
                     "optimiser": self.optimiser.state_dict(),
                     "random": torch.get_rng_state(),
                 },
@@ -206,7 +207,7 @@ class Trainer:
             raise CheckpointError(f"{path}: nothing to resume", "start without --resume")
         state = read_torch(path)
         self._check_same_run(state["config"], path)
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state[MODEL_KEY])
         self.optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["random"])
         self.step = state["step"]
