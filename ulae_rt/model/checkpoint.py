@@ -76,13 +76,15 @@ def read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # a web page, a Git LFS pointer: no pickle at all
+            raise _damaged(path, ValueError("not a torch file")) from error
         if "eights only" not in str(error):  # torch's words for a refusal, not for damage
             raise _damaged(path, error) from error
         raise CheckpointError(
             f"{path}: refused, because reading it could run code that it carries",
             "save a plain state dict of tensors: torch.save(model.state_dict(), path)",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # bytes that are no pickle fail in every way: IndexError, KeyError
         raise _damaged(path, error) from error
 
 
@@ -206,7 +208,9 @@ def _fill(model: UlaeNet, state: Mapping[str, Tensor], path: Path) -> None:
 def _feature_dtype(precision: str, device: str) -> torch.dtype | None:
     if precision not in PRECISIONS:
         raise UsageError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    kind = torch.device(device).type
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device is {device!r}, expected cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable(
             f"device {device} was asked for, and torch sees no CUDA device",

@@ -46,6 +46,7 @@ class Metadata:
         """Read :meth:`to_json`'s form; ``source`` names the file in errors."""
         try:
             values = json.loads(text)
+            values["channels"] = int(values["channels"])
             values["shape"] = tuple(int(size) for size in values["shape"])
             values["spacing_mm"] = float(values["spacing_mm"])
             metadata = cls(**values)
