@@ -57,9 +57,11 @@ def multi_window_lncc_reference(
         n = window**3
         s_x, s_y, s_xy, s_xx, s_yy = box_sum(moments, window).split(channels, dim=1)
         cross = s_xy - s_x * s_y / n
-        # Neither variance is negative but by rounding; a negative one times eps-sized noise
-        # would bring the denominator to zero.
+        # Only rounding makes a variance negative, or X^2 larger than V_x V_y (Cauchy-Schwarz).
+        # Left alone, the one would bring the denominator to zero, and the other, over a variance
+        # that rounding took away, would give a cc of millions.
         var_x = (s_xx - s_x * s_x / n).clamp_min(0)
         var_y = (s_yy - s_y * s_y / n).clamp_min(0)
-        means.append((cross * cross / (var_x * var_y + eps)).mean())
+        product = var_x * var_y
+        means.append((torch.minimum(cross * cross, product) / (product + eps)).mean())
     return torch.stack(means)
