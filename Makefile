@@ -71,4 +71,4 @@ bench-gpu:  ## run the benchmarks with this machine's own python3, without insta
 	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path" python3 -m pytest bench $(ARGS)
 
 clean:  ## remove everything that was built, and the environment
-	rm -rf $(VENV) build dist $(DEMO) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist $(DEMO) *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

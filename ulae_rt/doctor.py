@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 NEEDED_MEMORY = 3 * GIB  # what one registration at 1 mm may take
 
-METADATA_KEY = "ulae_rt"  # as ulae_rt.model.checkpoint writes it, which is not importable here
+METADATA_KEY = "ulae_rt"  # as ulae_rt.model.checkpoint writes it; importing that takes torch
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _capabilities() -> list[Check]:
             _tensorrt("tensorrt", "tensorrt"),
             _tensorrt("tensorrt_rtx", "tensorrt-rtx"),
             _group("export to ONNX", ["torch", "onnx", "onnxscript"], "export"),
-            _group("train", ["torch", "safetensors", "tensorboard"], "train"),
+            _group("train", ["torch", "safetensors", "pydantic", "tensorboard"], "train"),
         ]
 
 

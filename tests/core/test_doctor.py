@@ -120,4 +120,4 @@ def test_weights_are_described_by_their_own_header(tmp_path: Path) -> None:
 
 def test_metadata_is_where_the_checkpoint_module_puts_it() -> None:
     checkpoint = pytest.importorskip("ulae_rt.model.checkpoint")
-    assert checkpoint._METADATA_KEY == doctor.METADATA_KEY
+    assert checkpoint.METADATA_KEY == doctor.METADATA_KEY
