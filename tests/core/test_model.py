@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from _support import plain_ulae as plain
-from _support.tolerances import TOL, assert_close, assert_equal, report
+from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import noise, smooth_image
 from ulae_rt.errors import ShapeError, UsageError
 from ulae_rt.model import RegistrationOutput, UlaeNet
@@ -150,16 +150,6 @@ def test_bfloat16_features_stay_close(case: Case, variant: str) -> None:
     assert_close("disp", out.disp, case.truth.disp, TOL["network bfloat16"])
     rms = (out.disp - case.truth.disp).square().mean().sqrt() / case.truth.disp.std()
     assert float(rms) < 0.05
-
-
-def test_plain_differs_when_its_weights_do(case: Case, variant: str) -> None:
-    """The comparison can fail: one weight of the last step, changed by a thousandth."""
-    net = network(case, variant)
-    with torch.no_grad():
-        net.decoders["3"].get_parameter("dc3.0.weight")[0, 0, 0, 0, 0] += 1e-3
-        disp = net.predict(case.moving, case.fixed).disp
-    worst, _ = report("disp", disp, case.truth.disp)
-    assert worst > 100 * TOL["network float64"].absolute
 
 
 # Shapes and batches
@@ -319,7 +309,7 @@ def test_coupled_encoder_sees_both_images() -> None:
 )
 def test_a_training_step_reaches_every_parameter(name: str, arguments: dict[str, int]) -> None:
     net = small_network(name, **arguments).train()
-    moving, fixed = small_pair()
+    moving, fixed = small_pair((32, 16, 32))
     before = {k: p.detach().clone() for k, p in net.named_parameters()}
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
     out = net(moving, fixed)

@@ -5,7 +5,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from _support.tolerances import TOL, assert_close, assert_equal
@@ -251,6 +251,20 @@ def test_slabs_equal_one_piece(
     assert results[1].shape == image.shape
     # As many slabs as threads, or the next smaller number that divides the depth.
     assert calls == [1, max(n for n in range(1, threads + 1) if depth % n == 0)]
+
+
+def test_an_exported_graph_has_no_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not depend on how many cores the exporting machine has."""
+
+    class Warp(nn.Module):
+        def forward(self, image: Tensor, disp: Tensor) -> Tensor:
+            return warp(image, disp)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    image, disp = noise(1, 1, 8, 5, 6), off_lattice_displacement((8, 5, 6))
+    program = torch.export.export(Warp(), (image, disp))
+    assert not [node for node in program.graph.nodes if "expand" in node.name]
+    assert_equal("warp", program.module()(image, disp), warp(image, disp))
 
 
 # Types and layouts
