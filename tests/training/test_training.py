@@ -119,7 +119,7 @@ def test_training_registers(scans: Path, tmp_path: Path) -> None:
         }
     )
     result = Trainer(config, resume=False).run(lambda _: None)
-    assert result["val_dice"] > result["val_baseline"] + 0.02
+    assert result["val_dice"] > result["val_baseline"] + 0.01
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_pair_and_a_checkpoint(
