@@ -148,7 +148,7 @@ def _capabilities() -> list[Check]:
             _weights(),
             _torch(torch),
             _cuda(torch),
-            _triton(torch),
+            _triton(),
             *_onnxruntime(),
             _tensorrt("tensorrt", "tensorrt"),
             _tensorrt("tensorrt_rtx", "tensorrt-rtx"),
@@ -211,24 +211,12 @@ def _cuda(torch: ModuleType | str) -> Check:
     return Check(name, True, f"torch for CUDA {torch.version.cuda}, {devices} device(s)")
 
 
-def _triton(torch: ModuleType | str) -> Check:
-    name = "Triton kernels"
+def _triton() -> Check:
     triton = _load("triton")
-    if isinstance(triton, str):
-        return Check(name, False, triton, "pip install 'ulae-rt[gpu]'; the reference runs instead")
-    detail = f"triton {triton.__version__}"
-    if isinstance(torch, str):
-        return Check(name, False, f"{detail}, but {torch}", "pip install 'ulae-rt[gpu]'")
-    if not _available(torch):
-        hint = "TRITON_INTERPRET=1 runs them on CPU tensors, slowly"
-        return Check(name, False, f"{detail}, but torch sees no GPU", hint)
-    return Check(name, True, detail)
-
-
-def _available(torch: ModuleType) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.version.cuda is not None and bool(torch.cuda.is_available())
+    found = triton if isinstance(triton, str) else f"triton {triton.__version__}"
+    return Check(
+        "Triton kernels", False, f"not in this version ({found})", "the reference operations run"
+    )
 
 
 def _onnxruntime() -> Iterator[Check]:
@@ -255,11 +243,12 @@ def _onnxruntime() -> Iterator[Check]:
 
 
 def _tensorrt(module: str, extra: str) -> Check:
-    name = f"--backend {extra}"
     library = _load(module)
-    if isinstance(library, str):
-        return Check(name, False, library, f"pip install 'ulae-rt[{extra}]'")
-    return Check(name, True, f"{module} {getattr(library, '__version__', '(version unknown)')}")
+    version = getattr(library, "__version__", "(version unknown)")
+    found = library if isinstance(library, str) else f"{module} {version}"
+    return Check(
+        f"--backend {extra}", False, f"not in this version ({found})", "use --backend onnxruntime"
+    )
 
 
 def _group(name: str, modules: list[str], extra: str) -> Check:
