@@ -39,6 +39,7 @@ from ulae_rt.imaging.nifti import (
     volume_from_array,
     volume_from_image,
 )
+from ulae_rt.imaging.similarity import correlation
 from ulae_rt.imaging.transform import (
     Deformation,
     folding,
@@ -484,12 +485,3 @@ def _warn_same(moving: Volume, fixed: Volume) -> None:
         and np.array_equal(moving.data, fixed.data)
     ):
         logger.warning("moving and fixed are the same image: there is nothing to align")
-
-
-def correlation(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """Pearson correlation of two equally long vectors; 0 where one of them is constant."""
-    a, b = x.astype(np.float32), y.astype(np.float32)
-    a -= a.mean(dtype=np.float64)
-    b -= b.mean(dtype=np.float64)
-    norm = float(np.sqrt(np.dot(a, a).astype(np.float64) * np.dot(b, b)))
-    return float(np.dot(a, b)) / norm if norm > 0 else 0.0

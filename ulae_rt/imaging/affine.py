@@ -1,6 +1,7 @@
 """Affine alignment with SimpleITK: one matrix, the same one every time."""
 
 import itertools
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,11 +13,15 @@ from ulae_rt.imaging.grid import (
     LPS,
     Affine,
     Grid,
+    from_sitk,
     network_input,
     to_sitk,
     working_grid,
 )
 from ulae_rt.imaging.nifti import Volume
+from ulae_rt.imaging.similarity import correlation
+
+Point = NDArray[np.float64]
 
 AffineMode = Literal["none", "com", "affine"]
 AFFINE_MODES: tuple[AffineMode, ...] = ("none", "com", "affine")
@@ -24,12 +29,18 @@ AFFINE_MODES: tuple[AffineMode, ...] = ("none", "com", "affine")
 # Both images are brought to 2 mm once: an affine of a brain gains nothing from finer voxels.
 SPACING_MM = 2.0
 SHAPE = (96, 112, 96)
-# Shrink factor of the 2 mm images, sigma in mm, part of the voxels used.
-LEVELS = ((4, 4.0, 1.0), (2, 2.0, 1.0), (1, 1.0, 0.25))
-AS_GIVEN = ((1, 0.0, 1.0),)
+# Shrink factor of the 2 mm images, and sigma of the smoothing before it in mm; coarse to fine.
+LEVELS = ((4, 4.0), (2, 3.0), (1, 0.0))
 # Heads lie back, turn and tilt in the scanner: starts of the search, degrees about R, A and S.
 STARTS_DEG = ((-30, 0, 30), (-20, 0, 20), (-25, 0, 25))
 CANDIDATES = 3
+MAX_STEPS = 20
+# A step that moves the head's surface by less, or gains less correlation, is the last one.
+LAST_STEP_MM = 0.02
+LAST_GAIN = 1e-6
+MAX_DAMPING = 100.0
+# Linear parts of a step are measured by what they move this far from the centre.
+HEAD_RADIUS_MM = 60.0
 DETERMINANT = (0.3, 3.0)
 
 
@@ -40,8 +51,8 @@ def register_affine(moving: Volume, fixed: Volume, mode: AffineMode = "affine") 
         moving: the volume to align, as `with_background` gives it.
         fixed: the volume it is aligned to, likewise.
         mode: ``none`` trusts the headers, ``com`` moves centre of mass onto centre of mass,
-            ``affine`` starts there, tries rotations on 8 mm copies, then optimises 12
-            parameters for correlation at 8, 4 and 2 mm.
+            ``affine`` starts there, tries rotations on 8 mm copies, refines the best as
+            similarities, then optimises all 12 parameters at 8, 4 and 2 mm.
 
     Returns:
         (4, 4) float64, FIXED RAS mm to MOVING RAS mm (pull-back, as a warp's direction).
@@ -61,7 +72,9 @@ def register_affine(moving: Volume, fixed: Volume, mode: AffineMode = "affine") 
         matrix = np.eye(4)
         matrix[:3, 3] = moving_centre - fixed_centre
         return matrix
-    found = _search(moving_small, fixed_small, moving_centre, fixed_centre)
+    signs = LPS.diagonal()[:3]
+    pair = _Pair(moving_small, fixed_small)
+    found = LPS @ _search(pair, signs * moving_centre, signs * fixed_centre) @ LPS
     determinant = float(np.linalg.det(found[:3, :3]))
     if not DETERMINANT[0] <= determinant <= DETERMINANT[1]:
         raise GeometryError(
@@ -88,50 +101,27 @@ def _centre_of_mass(data: NDArray[np.float32], grid: Grid) -> NDArray[np.float64
     return np.asarray((grid.affine @ [*index, 1.0])[:3])
 
 
-def _search(
-    moving: sitk.Image,
-    fixed: sitk.Image,
-    moving_centre: NDArray[np.float64],
-    fixed_centre: NDArray[np.float64],
-) -> Affine:
-    """Rotations on a coarse grid, the best few refined, the best of those made affine."""
-    start = sitk.Similarity3DTransform()
-    start.SetCenter((LPS[:3, :3] @ fixed_centre).tolist())
-    start.SetTranslation((LPS[:3, :3] @ (moving_centre - fixed_centre)).tolist())
-    # Smoothed and shrunk to 8 mm once, so that trying a start costs a millisecond.
-    factor, sigma_mm, _ = LEVELS[0]
-    small_fixed = _shrunk(fixed, factor, sigma_mm)
-    small_moving = _shrunk(moving, factor, sigma_mm)
-    scored = []
-    for angles in itertools.product(*STARTS_DEG):
-        candidate = _rotated(start, angles)
-        method = _method(AS_GIVEN)
-        method.SetInitialTransform(candidate, inPlace=True)
-        scored.append((method.MetricEvaluate(small_fixed, small_moving), angles))
-    refined = []
-    for _, angles in sorted(scored)[:CANDIDATES]:
-        candidate = _rotated(start, angles)
-        refined.append((_optimise(small_moving, small_fixed, candidate, AS_GIVEN), candidate))
-    best = min(refined, key=lambda pair: pair[0])[1]
-    affine = sitk.AffineTransform(3)
-    affine.SetCenter(best.GetCenter())
-    affine.SetMatrix(best.GetMatrix())
-    affine.SetTranslation(best.GetTranslation())
-    _optimise(moving, fixed, affine, LEVELS)
-    return _matrix(affine)
+@dataclass(frozen=True)
+class _Pair:
+    """Both images at one resolution. Worlds are LPS mm, ITK's, in all that follows."""
 
+    moving: sitk.Image
+    fixed: sitk.Image
 
-def _rotated(
-    start: sitk.Similarity3DTransform, angles_deg: tuple[float, ...]
-) -> sitk.Similarity3DTransform:
-    """``start`` with a rotation about the three world axes, one after the other."""
-    rotation = sitk.Euler3DTransform()
-    rotation.SetRotation(*np.deg2rad(angles_deg).tolist())
-    versor = sitk.VersorTransform()
-    versor.SetMatrix(rotation.GetMatrix())
-    rotated = sitk.Similarity3DTransform(start)
-    rotated.SetRotation(versor.GetVersor())
-    return rotated
+    def shrunk(self, factor: int, sigma_mm: float) -> "_Pair":
+        """Smoothed and of every factor-th voxel."""
+        if factor == 1:
+            return self
+        return _Pair(*(_shrunk(image, factor, sigma_mm) for image in (self.moving, self.fixed)))
+
+    def moved(self, matrix: Affine) -> NDArray[np.float32]:
+        """The moving image at matrix x for every voxel x of the fixed one, (X, Y, Z)."""
+        transform = sitk.AffineTransform(3)
+        transform.SetMatrix(matrix[:3, :3].ravel().tolist())
+        transform.SetTranslation(matrix[:3, 3].tolist())
+        return np.asarray(
+            from_sitk(sitk.Resample(self.moving, self.fixed, transform, sitk.sitkLinear))
+        )
 
 
 def _shrunk(image: sitk.Image, factor: int, sigma_mm: float) -> sitk.Image:
@@ -139,48 +129,139 @@ def _shrunk(image: sitk.Image, factor: int, sigma_mm: float) -> sitk.Image:
     return shrunk
 
 
-def _method(levels: tuple[tuple[int, float, float], ...]) -> sitk.ImageRegistrationMethod:
-    """Correlation over the same voxels every time, one step length whatever the image."""
-    method = sitk.ImageRegistrationMethod()
-    # The order in which threads add up their parts would show in the last digits.
-    method.SetNumberOfThreads(1)
-    method.SetMetricAsCorrelation()
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetMetricSamplingStrategy(method.REGULAR)
-    method.SetMetricSamplingPercentagePerLevel([part for _, _, part in levels], 1)
-    method.SetShrinkFactorsPerLevel([factor for factor, _, _ in levels])
-    method.SetSmoothingSigmasPerLevel([sigma for _, sigma, _ in levels])
-    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=1.0, minStep=0.01, numberOfIterations=100, gradientMagnitudeTolerance=1e-6
-    )
-    method.SetOptimizerScalesFromPhysicalShift()
-    return method
+def _search(pair: _Pair, moving_centre: Point, fixed_centre: Point) -> Affine:
+    """Rotations on a coarse grid, the best few refined, the best of those made affine."""
+    pyramid = [pair.shrunk(factor, sigma_mm) for factor, sigma_mm in LEVELS]
+    coarse = pyramid[0]
+    target = from_sitk(coarse.fixed)
+    starts = [
+        _turned(angles, moving_centre, fixed_centre) for angles in itertools.product(*STARTS_DEG)
+    ]
+    starts.sort(key=lambda start: correlation(coarse.moved(start), target), reverse=True)
+    refined = [
+        _optimise(coarse, start, fixed_centre, SIMILARITY_STEPS) for start in starts[:CANDIDATES]
+    ]
+    matrix, _ = max(refined, key=lambda found: found[1])
+    for level in pyramid:
+        matrix, _ = _optimise(level, matrix, fixed_centre, AFFINE_STEPS)
+    return matrix
+
+
+def _turned(angles_deg: tuple[float, ...], moving_centre: Point, fixed_centre: Point) -> Affine:
+    """Fixed centre onto moving centre, turned about it."""
+    rotation = sitk.Euler3DTransform()
+    rotation.SetRotation(*np.deg2rad(angles_deg).tolist())
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array(rotation.GetMatrix()).reshape(3, 3)
+    matrix[:3, 3] = moving_centre - matrix[:3, :3] @ fixed_centre
+    return matrix
+
+
+def _similarity_steps() -> NDArray[np.float64]:
+    """Rows: three rotations, scaling and three shifts, each a flattened (3, 4) step."""
+    rows = np.zeros((7, 3, 4))
+    rows[0, 1, 2], rows[0, 2, 1] = -1, 1
+    rows[1, 2, 0], rows[1, 0, 2] = -1, 1
+    rows[2, 0, 1], rows[2, 1, 0] = -1, 1
+    rows[3, :, :3] = np.eye(3)
+    rows[4:, :, 3] = np.eye(3)
+    return rows.reshape(7, 12)
+
+
+SIMILARITY_STEPS = _similarity_steps()
+AFFINE_STEPS = np.eye(12)
 
 
 def _optimise(
-    moving: sitk.Image,
-    fixed: sitk.Image,
-    transform: sitk.Transform,
-    levels: tuple[tuple[int, float, float], ...],
-) -> float:
-    """Optimise ``transform`` in place; returns the metric, lower is better."""
-    method = _method(levels)
-    method.SetInitialTransform(transform, inPlace=True)
-    try:
-        method.Execute(fixed, moving)
-    except RuntimeError as error:  # ITK: all samples map outside the moving image
-        raise GeometryError(
-            f"affine alignment failed: {str(error).strip().splitlines()[-1]}",
-            "use --affine com, and check that both images show one whole skull-stripped brain",
-        ) from None
-    return float(method.GetMetricValue())
+    pair: _Pair, matrix: Affine, centre: Point, steps: NDArray[np.float64]
+) -> tuple[Affine, float]:
+    """Gauss-Newton with damping on sum (gain M(matrix x) + offset - F(x))^2.
+
+    With gain and offset free, its minimum over the matrix is the maximum of the correlation.
+
+    Args:
+        pair: the images.
+        matrix: (4, 4), where to start.
+        centre: (3,), about which steps turn and scale.
+        steps: (K, 12), the directions a step may take, each a flattened (3, 4) matrix of mm at
+            `HEAD_RADIUS_MM` from the centre.
+
+    Returns:
+        The matrix, and the correlation it reaches.
+    """
+    fixed = from_sitk(pair.fixed)
+    moved = pair.moved(matrix)
+    reached = correlation(moved, fixed)
+    damping = 0.0
+    for _ in range(MAX_STEPS):
+        hessian, gradient = _normal_equations(moved, fixed, pair.fixed, centre, steps)
+        while True:
+            step = _solved(hessian, gradient, damping, steps)
+            about = np.eye(4)
+            about[:3, 3] = centre
+            move = np.eye(4)
+            move[:3, :3] += step[:, :3] / HEAD_RADIUS_MM
+            move[:3, 3] = step[:, 3]
+            candidate = matrix @ about @ move @ np.linalg.inv(about)
+            moved = pair.moved(candidate)
+            gain = correlation(moved, fixed) - reached
+            if gain >= 0:
+                break
+            damping = max(4 * damping, 0.01)
+            if damping > MAX_DAMPING:
+                return matrix, reached
+        matrix, reached, damping = candidate, reached + gain, damping / 4
+        if gain < LAST_GAIN or np.abs(step).sum(axis=1).max() < LAST_STEP_MM:
+            break
+    return matrix, reached
 
 
-def _matrix(transform: sitk.AffineTransform) -> Affine:
-    """(4, 4) in RAS mm of an ITK transform, its centre folded in."""
-    matrix = np.eye(4)
-    matrix[:3, :3] = np.array(transform.GetMatrix()).reshape(3, 3)
-    centre, translation = np.array(transform.GetCenter()), np.array(transform.GetTranslation())
-    matrix[:3, 3] = translation + centre - matrix[:3, :3] @ centre
-    return np.asarray(LPS @ matrix @ LPS)
+def _normal_equations(
+    moved: NDArray[np.float32],
+    fixed: NDArray[np.float32],
+    grid: sitk.Image,
+    centre: Point,
+    steps: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """J J^T (K + 2, K + 2) and J F (K + 2,); the last two unknowns are gain and offset."""
+    slopes = [np.gradient(moved, axis=axis) for axis in range(3)]
+    # What is dark and flat in both images tells nothing, and that is most of the voxels.
+    used = (fixed > 0) | (moved > 0)
+    index = np.flatnonzero(used)
+    to_world = np.array(grid.GetDirection()).reshape(3, 3) * np.array(grid.GetSpacing())
+    points = to_world @ np.stack(np.unravel_index(index, fixed.shape))
+    points += (np.array(grid.GetOrigin()) - centre)[:, None]
+    where = (points / HEAD_RADIUS_MM).astype(np.float32)
+    flat = np.stack([slope[used] for slope in slopes])
+    slope_mm = np.linalg.inv(to_world).T.astype(np.float32) @ flat
+    columns = np.empty((14, index.size), np.float32)
+    for row in range(3):
+        columns[4 * row : 4 * row + 3] = slope_mm[row] * where
+        columns[4 * row + 3] = slope_mm[row]
+    columns[12] = moved[used]
+    columns[13] = 1
+    basis = np.zeros((len(steps) + 2, 14))
+    basis[:-2, :12] = steps
+    basis[-2, 12] = basis[-1, 13] = 1
+    square = (columns @ columns.T).astype(np.float64)
+    square[13, 13] = fixed.size  # the dark voxels do count for the offset
+    right = (columns @ fixed[used]).astype(np.float64)
+    return basis @ square @ basis.T, basis @ right
+
+
+def _solved(
+    hessian: NDArray[np.float64],
+    gradient: NDArray[np.float64],
+    damping: float,
+    steps: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """The step as (3, 4)."""
+    count = len(steps)
+    damped = hessian.copy()
+    motion = np.arange(count)
+    # The constant keeps a flat image solvable: its step is then zero.
+    damped[motion, motion] += damping * hessian[motion, motion] + 1e-6
+    solution = np.linalg.lstsq(damped, gradient, rcond=None)[0]
+    # An image of opposite contrast has a negative gain; steps must not run away near zero.
+    gain = max(float(solution[count]), 0.1)
+    return np.asarray((solution[:count] @ steps).reshape(3, 4) / gain)

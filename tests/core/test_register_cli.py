@@ -1,0 +1,337 @@
+"""`ulae-rt register` and the Registrar: what they write, what they say, and what they refuse."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+import ulae_rt
+from _support.brains import GEOMETRIES, centre_of, grid_affine, save_brain
+from _support.networks import FakeMetadata, FakeNetwork
+from ulae_rt import registrar as registrar_module
+from ulae_rt.cli import main
+from ulae_rt.errors import CheckpointError, EngineMismatch, GeometryError, UsageError
+from ulae_rt.imaging import nifti
+from ulae_rt.registrar import Registrar, load_network
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """The network that the command gets, whatever weights it names: 2 mm to the right."""
+    fake = FakeNetwork(shift=(1.0, 0.0, 0.0))
+    monkeypatch.setattr(registrar_module, "load_network", lambda *_, **__: fake)
+    return fake
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Moving and fixed: one brain on an LIA and on an oblique grid, both about 0."""
+    moving = save_brain(tmp_path / "moving.nii.gz", *GEOMETRIES["LIA"])
+    fixed = save_brain(
+        tmp_path / "fixed.nii.gz", *grid_affine((64, 64, 36), (1, 1.3, 2), angles_deg=(20, -10, 15))
+    )
+    return moving, fixed
+
+
+def register(pair, tmp_path, *flags, affine="none"):
+    moving, fixed = (str(p) for p in pair)
+    out = str(tmp_path / "moved.nii.gz")
+    return main(["register", "-m", moving, "-f", fixed, "-o", out, "--affine", affine, *flags])
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_everything_is_written_on_the_fixed_grid(pair, tmp_path, network, capsys):
+    labels = np.digitize(nib.load(pair[0]).get_fdata(), [1, 60, 90, 120]).astype(np.uint8)
+    nib.save(nib.Nifti1Image(labels, nib.load(pair[0]).affine), tmp_path / "seg.nii.gz")
+    out = {k: str(tmp_path / f"{k}.nii.gz") for k in ("warp", "jacobian", "moved_labels")}
+    status = register(
+        pair,
+        tmp_path,
+        *("-w", out["warp"], "--jacobian", out["jacobian"], "--qc", str(tmp_path / "qc.png")),
+        *("--labels", str(tmp_path / "seg.nii.gz"), "--moved-labels", out["moved_labels"]),
+    )
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    for word in ("similarity", "before", "after", "folding", "seconds", "network", "qc.png"):
+        assert word in said.out
+    fixed = nib.load(pair[1])
+    for name in ("moved", "jacobian", "moved_labels"):
+        image = nib.load(tmp_path / f"{name}.nii.gz")
+        assert image.shape == fixed.shape
+        for field in ("srow_x", "srow_y", "srow_z", "quatern_b", "sform_code", "qform_code"):
+            assert image.header[field].tobytes() == fixed.header[field].tobytes()
+    # 1 voxel of 2 mm to the right everywhere, nothing else
+    warp = nib.load(out["warp"])
+    assert warp.shape == (*fixed.shape, 1, 3)
+    disp = np.asarray(warp.dataobj)
+    np.testing.assert_allclose(disp, np.broadcast_to([-2, 0, 0], disp.shape), atol=1e-5)
+    np.testing.assert_allclose(nib.load(out["jacobian"]).get_fdata(), 1, atol=1e-4)
+    assert nib.load(out["moved_labels"]).get_data_dtype() == np.uint8
+    # and ITK, told only of the files, agrees
+    transform = sitk.DisplacementFieldTransform(sitk.ReadImage(out["warp"], sitk.sitkVectorFloat64))
+    seen = sitk.Resample(
+        sitk.ReadImage(str(pair[0])), sitk.ReadImage(str(pair[1])), transform, sitk.sitkLinear, 0.0,
+        sitk.sitkFloat32,
+    )  # fmt: skip
+    moved = nib.load(tmp_path / "moved.nii.gz").get_fdata()
+    inside = (slice(2, -2),) * 3
+    difference = np.abs(sitk.GetArrayFromImage(seen).transpose(2, 1, 0) - moved)[inside]
+    assert difference.max() < 1e-3 * np.ptp(moved)
+
+
+def test_json_is_one_object(pair, tmp_path, network, capsys):
+    assert register(pair, tmp_path, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert set(said["seconds"]) >= {"read", "affine", "preprocess", "network", "warp", "write"}
+    assert said["outputs"] == {"moved": str(tmp_path / "moved.nii.gz")}
+    assert said["folding_percent"] == 0
+    assert said["similarity_after"] < said["similarity_before"]  # the brains met already
+    assert np.array_equal(said["affine"], np.eye(4))
+
+
+def test_the_network_sees_both_brains_aligned_on_its_grid(tmp_path, network):
+    moving = save_brain(tmp_path / "m.nii.gz", *GEOMETRIES["far"])
+    fixed = save_brain(tmp_path / "f.nii.gz", *GEOMETRIES["PSR"])
+    result = Registrar(network, affine="affine")(moving, fixed)
+    offset = centre_of(*GEOMETRIES["far"]) - centre_of(*GEOMETRIES["PSR"])
+    np.testing.assert_allclose(result.affine[:3, 3], offset, atol=0.5)
+    seen_moving, seen_fixed = network.seen
+    assert np.corrcoef(seen_moving.ravel(), seen_fixed.ravel())[0, 1] > 0.995
+    assert result.stats.similarity_before > 0.99
+
+
+def test_a_displacement_the_network_finds_is_undone(tmp_path):
+    """Moving is fixed shifted by 4 mm to the right; the right answer gives fixed back."""
+    shape, affine = grid_affine((64, 80, 60), codes="LIA")
+    shift = nib.affines.from_matvec(np.eye(3), [-4, 0, 0])
+    fixed = save_brain(tmp_path / "f.nii.gz", shape, affine)
+    moving = save_brain(tmp_path / "m.nii.gz", shape, affine, pull=shift)
+    for metadata, voxels in ((FakeMetadata(), 2), (FakeMetadata((96, 128, 96), 1.0), 4)):
+        right = FakeNetwork(shift=(voxels, 0, 0), metadata=metadata)
+        result = Registrar(right, affine="none")(moving, fixed)
+        assert result.stats.similarity_before < 0.97
+        assert result.stats.similarity_after > 0.9999
+        np.testing.assert_allclose(
+            np.asarray(result.moved.dataobj)[2:-2], nib.load(fixed).get_fdata()[2:-2], atol=1e-3
+        )
+
+
+def test_paths_images_and_arrays_give_the_same(pair, network):
+    registrar = Registrar(network, affine="none")
+    by_path = registrar(*pair)
+    images = [nib.load(p) for p in pair]
+    by_image = registrar(*images)
+    by_array = registrar(*((np.asarray(i.dataobj), i.affine) for i in images))
+    for other in (by_image, by_array):
+        assert np.array_equal(np.asarray(other.moved.dataobj), np.asarray(by_path.moved.dataobj))
+    with pytest.raises(UsageError, match="tuple of 3, expected"):
+        registrar((1, 2, 3), pair[1])
+
+
+def test_results_are_saved_from_python(pair, tmp_path, network):
+    result = Registrar(network, affine="none")(*pair)
+    paths = result.save(tmp_path / "a.nii.gz", str(tmp_path / "w.nii"), warp_format="ras")
+    assert {p.name for p in paths} == {"a.nii.gz", "w.nii"}
+    result.warp.save(tmp_path / "v.nii.gz", "voxel")
+    assert nib.load(tmp_path / "v.nii.gz").shape == (*nib.load(pair[1]).shape, 3)
+    with pytest.raises(UsageError, match="there are no moved labels"):
+        result.save(moved_labels=tmp_path / "l.nii.gz")
+    with pytest.raises(UsageError, match="named twice"):
+        result.save(tmp_path / "x.nii", tmp_path / "x.nii")
+
+
+def test_the_same_file_twice_works_and_says_so(pair, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        result = Registrar(FakeNetwork(), affine="none")(pair[0], pair[0])
+    assert "moving and fixed are the same image" in caplog.text
+    assert result.stats.similarity_after == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--labels", "x.nii"], 2, "--labels and --moved-labels must come together"),
+        (["--moved-labels", "x.nii"], 2, "--labels and --moved-labels must come together"),
+        (["--qc", "picture.jpg"], 2, "--qc is picture.jpg, expected a .png"),
+        (["-w", "warp.mha"], 2, "must end in .nii.gz or .nii"),
+        (["-w", "warp.png"], 2, "must end in .nii.gz or .nii"),
+        (["-w", "{moved}"], 2, "named twice as an output"),
+        (["-w", "{moving}", "--overwrite"], 2, "is also an input"),
+        (["-w", "{dir}/no/w.nii"], 1, "no does not exist"),
+        (["-w", "{fixed_copy}"], 1, "exists already"),
+        (["--device", "tpu"], 2, "--device is 'tpu', expected auto, cpu or cuda[:N]"),
+        (["--weights", "a", "--engine", "b"], 2, "not allowed with argument"),
+        (["--affine", "rigid"], 2, "invalid choice"),
+        (["-m", "{dir}/missing.nii.gz"], 1, "missing.nii.gz does not exist"),
+    ],
+)
+def test_mistakes_are_two_lines_and_leave_nothing(
+    pair, tmp_path, network, capsys, flags, status, message
+):
+    (tmp_path / "there.nii").write_bytes(b"old")
+    before = names(tmp_path)
+    words = {
+        "moved": tmp_path / "moved.nii.gz",
+        "moving": pair[0],
+        "dir": tmp_path,
+        "fixed_copy": tmp_path / "there.nii",
+    }
+    try:
+        got = register(pair, tmp_path, *(flag.format(**words) for flag in flags))
+    except SystemExit as stop:
+        got = stop.code
+    said = capsys.readouterr().err.strip().splitlines()
+    assert got == status
+    assert message in said[0]
+    assert said[0].startswith("error: ")
+    assert said[1].startswith("hint: ")
+    assert len(said) == 2
+    assert names(tmp_path) == before
+    assert network.seen is None
+
+
+def test_an_existing_output_is_replaced_only_when_asked(pair, tmp_path, network):
+    assert register(pair, tmp_path) == 0
+    written = (tmp_path / "moved.nii.gz").read_bytes()
+    assert register(pair, tmp_path) == 1
+    (tmp_path / "moved.nii.gz").write_bytes(b"old")
+    assert register(pair, tmp_path, "--overwrite") == 0
+    assert (tmp_path / "moved.nii.gz").read_bytes() == written
+
+
+def test_brains_that_do_not_meet_are_refused(tmp_path, network, capsys):
+    moving = save_brain(tmp_path / "m.nii.gz", *GEOMETRIES["far"])
+    fixed = save_brain(tmp_path / "f.nii.gz", *GEOMETRIES["RAS"])
+    assert register((moving, fixed), tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "error: 100 % of the brain of" in said
+    assert "hint: use --affine affine" in said
+    with pytest.raises(GeometryError):
+        Registrar(network, affine="none")(moving, fixed)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), CheckpointError("bad weights", "no")])
+def test_a_failure_in_the_network_leaves_nothing(pair, tmp_path, network, error):
+    before = names(tmp_path)
+    network.answer = error
+    status = register(pair, tmp_path, "-w", str(tmp_path / "w.nii.gz"))
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert names(tmp_path) == before
+
+
+def test_a_failure_while_writing_leaves_nothing(pair, tmp_path, network, monkeypatch):
+    before = names(tmp_path)
+    save = registrar_module.save_image
+
+    def second_fails(image, path):
+        save(image, path)
+        if "moved" in str(path):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(registrar_module, "save_image", second_fails)
+    assert register(pair, tmp_path, "-w", str(tmp_path / "w.nii.gz")) == 130
+    assert names(tmp_path) == before
+
+
+def test_a_picture_that_fails_leaves_nothing(pair, tmp_path, network, monkeypatch):
+    import ulae_rt.imaging.qc as qc
+
+    def fail(*_, **__):
+        raise nifti.OutputError("no picture", "no hint")
+
+    before = names(tmp_path)
+    monkeypatch.setattr(qc, "qc_figure", fail)
+    assert register(pair, tmp_path, "--qc", str(tmp_path / "q.png")) == 1
+    assert names(tmp_path) == before
+
+
+def test_answers_that_no_network_may_give(pair, tmp_path):
+    wrong = FakeNetwork(answer=np.zeros((3, 4, 4, 4), np.float32))
+    with pytest.raises(EngineMismatch, match=r"returned a displacement of \(3, 4, 4, 4\)"):
+        Registrar(wrong, affine="none")(*pair)
+    shape = (3, *FakeMetadata().shape)
+    with pytest.raises(EngineMismatch, match="returned NaN or Inf"):
+        Registrar(FakeNetwork(answer=np.full(shape, np.nan, np.float32)), affine="none")(*pair)
+    odd = FakeNetwork(metadata=FakeMetadata(spacing_mm=1.5))
+    with pytest.raises(CheckpointError, match=r"grid has 1\.5 mm, expected 1, 2"):
+        Registrar(odd, affine="none")(*pair)
+
+
+def test_choices_that_make_no_sense(tmp_path):
+    with pytest.raises(UsageError, match="backend is 'tf', expected one of auto"):
+        load_network(backend="tf")
+    with pytest.raises(UsageError, match="precision is 'int8', expected one of fp32"):
+        load_network(precision="int8")
+    with pytest.raises(UsageError, match="which torch does not run"):
+        load_network(tmp_path, backend="torch")
+    with pytest.raises(UsageError, match="precision bf16 was asked of an engine"):
+        load_network(tmp_path, precision="bf16")
+    with pytest.raises(UsageError, match="backend onnxruntime needs an engine"):
+        load_network("w.safetensors", backend="onnxruntime")
+    with pytest.raises(UsageError, match="affine is 'rigid'"):
+        Registrar(FakeNetwork(), affine="rigid")
+
+
+def test_the_registrar_is_reached_from_the_package():
+    assert ulae_rt.Registrar is Registrar
+
+
+RUN = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from _support.networks import FakeNetwork
+from ulae_rt import cli, registrar
+registrar.load_network = lambda *_, **__: FakeNetwork()
+{body}
+sys.exit(cli.main(sys.argv[1:]))
+"""
+SLOW = """
+save = registrar.save_image
+def slow(image, path):
+    save(image, path)
+    print("half", flush=True)
+    time.sleep(1)
+registrar.save_image = slow
+"""
+
+
+def process(body, pair, tmp_path):
+    tests = os.path.dirname(os.path.dirname(__file__))
+    code = RUN.format(tests=tests, body=body)
+    flags = ["register", "-m", str(pair[0]), "-f", str(pair[1]), "-o", str(tmp_path / "o.nii.gz")]
+    flags += ["-w", str(tmp_path / "w.nii.gz"), "--affine", "none", "--json"]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_writing_leaves_no_file(pair, tmp_path, stop):
+    before = names(tmp_path)
+    with process(SLOW, pair, tmp_path) as running:
+        assert running.stdout.readline() == b"half\n"
+        assert len(names(tmp_path)) > len(before)  # hidden, half the set
+        running.send_signal(stop)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said.decode().strip() == "error: interrupted; nothing half-written was left behind"
+    assert names(tmp_path) == before
+
+
+def test_registering_needs_no_torch(pair, tmp_path):
+    body = "import atexit; atexit.register(lambda: print('torch' in sys.modules))"
+    with process(body, pair, tmp_path) as running:
+        said, errors = running.communicate(timeout=60)
+    assert running.returncode == 0, errors.decode()
+    assert said.decode().splitlines()[-1] == "False"

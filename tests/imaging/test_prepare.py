@@ -1,0 +1,151 @@
+"""Scans are found, brought to the template's grid, and the transform that undoes it is kept."""
+
+import json
+import os
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from _support.brains import GEOMETRIES, grid_affine, save_brain
+from ulae_rt.cli import main
+from ulae_rt.errors import UsageError
+from ulae_rt.prepare import find_scans
+
+SHAPE = ["--shape", "64", "80", "64"]
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).write_bytes(b"x")
+
+
+def test_scans_of_a_folder_with_their_labels(tmp_path):
+    touch(tmp_path, "2_t1.nii.gz", "2_labels.nii.gz", "1.nii", "1_seg.nii", "3_T1w_brain.nii.gz")
+    touch(tmp_path, "3_mask.nii.gz", "3_dseg.nii.gz", "12_labels.nii.gz", ".hidden.nii", "note.txt")
+    scans = find_scans(tmp_path)
+    assert [scan.name for scan in scans] == ["1", "2", "3"]
+    found = [scan.labels.name for scan in scans]
+    assert found == ["1_seg.nii", "2_labels.nii.gz", "3_dseg.nii.gz"]
+
+
+def test_scans_of_a_list(tmp_path):
+    touch(tmp_path, "a.nii.gz", "a_labels.nii.gz", "b.nii.gz", "seg.nii.gz")
+    (tmp_path / "list.txt").write_text("# scans\nb.nii.gz\n\na.nii.gz\n")
+    assert [(s.name, s.labels and s.labels.name) for s in find_scans(tmp_path / "list.txt")] == [
+        ("a", "a_labels.nii.gz"),
+        ("b", None),
+    ]
+    (tmp_path / "list.csv").write_text("id,image,labels\nx,b.nii.gz,seg.nii.gz\ny,a.nii.gz,\n")
+    scans = find_scans(tmp_path / "list.csv")
+    assert [(s.name, s.labels and s.labels.name) for s in scans] == [
+        ("x", "seg.nii.gz"),
+        ("y", "a_labels.nii.gz"),
+    ]
+
+
+def test_lists_that_make_no_sense(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        find_scans(tmp_path / "no")
+    with pytest.raises(UsageError, match=r"names no \.nii"):
+        find_scans(tmp_path)
+    touch(tmp_path, "a_t1.nii", "a.nii.gz")
+    with pytest.raises(UsageError, match="more than one scan named a"):
+        find_scans(tmp_path)
+
+
+def test_scans_are_brought_to_the_template_and_back(tmp_path, capsys):
+    template = save_brain(tmp_path / "template.nii.gz", *grid_affine((64, 80, 60)))
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    far = grid_affine((72, 90, 70), codes="LIA", centre=(30, -280, 190))
+    known = nib.affines.from_matvec(
+        nib.eulerangles.euler2mat(0.1, 0.15, -0.1) * 1.05, [30, -280, 190]
+    )
+    source = nib.load(save_brain(scans / "a_t1.nii.gz", *far, pull=np.linalg.inv(known)))
+    labels = np.digitize(np.asarray(source.dataobj), [1, 60, 90, 120, 160]).astype(np.int32)
+    nib.save(nib.Nifti1Image(labels, source.affine), scans / "a_labels.nii.gz")
+    (scans / "bad.nii.gz").write_bytes(b"not an image")
+
+    out = tmp_path / "out"
+    command = ["prepare", str(scans), "-o", str(out), "--template", str(template), *SHAPE]
+    assert main(command) == 1  # the bad one; the good one is there
+    said = capsys.readouterr()
+    assert "error: 1 of 2 scans failed: bad" in said.err
+    assert "1 of 2 scans prepared" in said.out
+    assert sorted(p.name for p in out.iterdir()) == [
+        "a.nii.gz",
+        "a_affine.txt",
+        "a_labels.nii.gz",
+        "prepared.json",
+    ]
+    manifest = json.loads((out / "prepared.json").read_text())
+    assert manifest["scans"]["a"]["source"] == str(scans / "a_t1.nii.gz")
+    assert manifest["shape"] == [64, 80, 64]
+    assert manifest["normalisation"] == "p99.9"
+    assert "bad" in manifest["failed"]
+
+    image, carried = nib.load(out / "a.nii.gz"), nib.load(out / "a_labels.nii.gz")
+    assert image.shape == (64, 80, 64)
+    assert image.get_data_dtype() == np.float32
+    assert carried.get_data_dtype() == np.uint16
+    assert 0.9 < image.get_fdata().max() <= 1
+    # aligned: as the template itself would be
+    reference = tmp_path / "same"
+    alone = ["prepare", str(template), "-o", str(reference), "--template", str(template), *SHAPE]
+    assert main([*alone, "--affine", "none"]) == 0
+    expected = nib.load(reference / "template.nii.gz").get_fdata()
+    assert np.corrcoef(image.get_fdata().ravel(), expected.ravel())[0, 1] > 0.99
+    # the transform that was kept: template RAS mm -> scan RAS mm
+    text = (out / "a_affine.txt").read_text()
+    assert text.startswith("# template world RAS mm -> scan world RAS mm")
+    matrix = np.loadtxt(out / "a_affine.txt")
+    points = np.array([[20.0, -28, 18], [-20, 28, -18], [0, 0, 0]])
+    apply = nib.affines.apply_affine
+    assert np.linalg.norm(apply(matrix, points) - apply(known, points), axis=1).max() < 0.5
+    # labels went the same way
+    brain, regions = image.get_fdata() > 0.05, carried.get_fdata() > 0
+    assert (brain & regions).sum() > 0.9 * (brain | regions).sum()
+
+
+def test_a_second_run_needs_overwrite(tmp_path, capsys):
+    template = save_brain(tmp_path / "t.nii.gz", *GEOMETRIES["LAS"])
+    command = ["prepare", str(template), "-o", str(tmp_path / "o"), "--template", str(template)]
+    command += [*SHAPE, "--affine", "none", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["scans"]["t"]["cut_off_percent"] == 0
+    assert main(command) == 1
+    assert "holds prepared scans already" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "0"], "--workers is 0"),
+        (["--shape", "60", "80", "64"], "expected multiples of 16"),
+        (["--affine", "rigid"], "invalid choice"),
+    ],
+)
+def test_nonsense_is_usage(tmp_path, capsys, flags, message):
+    command = ["prepare", str(tmp_path), "-o", str(tmp_path / "o"), "--template", "t.nii", *flags]
+    try:
+        status = main(command)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_labels_beyond_16_bits_fail_that_scan_alone(tmp_path, capsys):
+    scan = save_brain(tmp_path / "a.nii.gz", *GEOMETRIES["RAS"])
+    labels = np.full(GEOMETRIES["RAS"][0], 70000, np.int32)
+    nib.save(nib.Nifti1Image(labels, GEOMETRIES["RAS"][1]), tmp_path / "a_labels.nii.gz")
+    out = tmp_path / "o"
+    command = ["prepare", str(scan), "-o", str(out), "--template", str(scan), *SHAPE]
+    assert main([*command, "--affine", "none"]) == 1
+    assert "1 of 1 scans failed: a" in capsys.readouterr().err
+    assert (
+        "labels from 0 to 70000" in json.loads((out / "prepared.json").read_text())["failed"]["a"]
+    )
+    assert os.listdir(out) == ["prepared.json"]
