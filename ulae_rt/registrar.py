@@ -117,18 +117,21 @@ class _TorchNetwork:
 
 
 class _EngineNetwork:
-    def __init__(self, path: Path, device: str, backend: str) -> None:
+    def __init__(self, path: Path, device: str, backend: str, precision: str) -> None:
         from ulae_rt.engines import load_engine
 
-        self._engine = load_engine(path, device=device, backend=backend)
-        self.metadata: Metadata = self._engine.manifest.metadata
-        self.description = f"{path}, {backend}, {device}"
+        self._engine = load_engine(path, device=device, backend=backend, precision=precision)
+        manifest = self._engine.manifest
+        self.metadata: Metadata = manifest.metadata
+        self.description = f"{self._engine.backend}, {self._engine.device}, {manifest.precision}"
+        self._batch = manifest.inputs[0].shape[0]
 
     def displacement(
         self, moving: NDArray[np.float32], fixed: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        disp = self._engine.run(moving[None, None], fixed[None, None]).disp
-        return np.asarray(disp[0], np.float32)
+        # An engine made for more pairs at once gets the one as often as it wants.
+        inputs = [np.broadcast_to(x, (self._batch, 1, *x.shape)) for x in (moving, fixed)]
+        return np.asarray(self._engine.run(*inputs).disp[0], np.float32)
 
 
 def load_network(
@@ -154,12 +157,7 @@ def load_network(
     if path is not None and (path.is_dir() or path.suffix in ENGINE_SUFFIXES):
         if backend == "torch":
             raise UsageError(f"{path} is an engine, which torch does not run", "give --weights")
-        if precision != "fp32":
-            raise UsageError(
-                f"precision {precision} was asked of an engine, whose precision is fixed",
-                "choose the engine's file by its precision, or give --weights",
-            )
-        return _EngineNetwork(path, device, backend)
+        return _EngineNetwork(path, device, backend, precision)
     if backend not in ("auto", "torch"):
         raise UsageError(
             f"backend {backend} needs an engine, not weights",
@@ -321,7 +319,7 @@ class Registrar:
                 the weights that the package ships.
             device: ``auto``, ``cpu`` or ``cuda[:N]``.
             backend: what runs the network; ``auto`` decides by the file.
-            precision: of the network's features, for weights.
+            precision: of the network's features; of an engine's folder, which one.
             affine: how the pair is aligned first; see `register_affine`.
         """
         if affine not in AFFINE_MODES:

@@ -274,8 +274,6 @@ def test_choices_that_make_no_sense(tmp_path):
         load_network(precision="int8")
     with pytest.raises(UsageError, match="which torch does not run"):
         load_network(tmp_path, backend="torch")
-    with pytest.raises(UsageError, match="precision bf16 was asked of an engine"):
-        load_network(tmp_path, precision="bf16")
     with pytest.raises(UsageError, match="backend onnxruntime needs an engine"):
         load_network("w.safetensors", backend="onnxruntime")
     with pytest.raises(UsageError, match="affine is 'rigid'"):
