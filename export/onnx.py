@@ -23,7 +23,7 @@ OUTPUTS = ("moved", "disp")
 # the exporter merges those of the fixed path that every step repeats.
 _TRANSLATIONS = {
     "aten.grid_sampler.default": "GridSample",
-    "aten.native_group_norm.default": "InstanceNormalization",
+    "aten.rsqrt.default": "Reciprocal",
     "aten.leaky_relu.default": "LeakyRelu",
     "aten.upsample_trilinear3d.vec": "Resize",
     "aten.avg_pool3d.default": "AveragePool",
@@ -46,10 +46,9 @@ def onnx_from_model(model: UlaeNet, shape: tuple[int, int, int]) -> Any:
         BackendUnavailable: if onnx or onnxscript is not installed.
         ExportError: if the graph cannot be made or is not the network.
     """
-    onnxscript = require("onnxscript", "export")
+    require("onnxscript", "export")
     passes = require("onnx_ir.passes.common", "export")
     example = torch.zeros(1, 1, *shape)
-    group_norm = torch.ops.aten.native_group_norm.default
     with torch.no_grad(), _known_noise_hidden():
         try:
             program = torch.onnx.export(
@@ -60,7 +59,6 @@ def onnx_from_model(model: UlaeNet, shape: tuple[int, int, int]) -> Any:
                 opset_version=OPSET,
                 input_names=list(INPUTS),
                 output_names=list(OUTPUTS),
-                custom_translation_table={group_norm: _instance_norm(onnxscript.opset20)},
             )
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error).strip().splitlines()[0]
@@ -74,34 +72,6 @@ def onnx_from_model(model: UlaeNet, shape: tuple[int, int, int]) -> Any:
     _check_translation(program.exported_program.graph, proto)
     check_graph(proto, shape)
     return proto
-
-
-def _instance_norm(op: Any) -> Any:
-    """The translation of the group norm that the network normalises with.
-
-    It has one channel a group, so it is the instance norm itself; torch's own translation wraps
-    that in two reshapes, a product with one and a sum with zero.
-    """
-
-    def translate(
-        x: Any,
-        weight: None,
-        bias: None,
-        N: int,
-        C: int,
-        HxW: int,
-        group: int,
-        eps: float,
-    ) -> Any:
-        assert weight is None
-        assert bias is None
-        assert group == C
-        one = op.Constant(value_floats=[1.0] * C)
-        zero = op.Constant(value_floats=[0.0] * C)
-        unused = op.Constant(value_float=float("nan"))  # mean and rstd: loud, if ever read
-        return op.InstanceNormalization(x, one, zero, epsilon=eps), unused, unused
-
-    return translate
 
 
 @contextlib.contextmanager
