@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     times = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in taken.items())
     report(f"seconds     {times}; {sum(taken.values()):.1f} in all")
     for name, path in wanted.items():
-        report(f"{name.replace('_', ' '):<11} {path}")
+        report(f"{name.replace('_', ' '):<12}{path}")
     return {
         "moving": str(arguments.moving),
         "fixed": str(arguments.fixed),
