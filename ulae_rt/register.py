@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.errors import UsageError
 from ulae_rt.imaging.affine import AFFINE_MODES
 from ulae_rt.imaging.warpfile import WARP_FORMATS
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     inputs = [p for p in (arguments.moving, arguments.fixed, arguments.labels) if p is not None]
     output_files(list(wanted.values()), arguments.overwrite, inputs)
     _check_device(arguments.device)
+    keep_freed_memory()
 
     with _progress() as step:
         clock = Clock(step)
