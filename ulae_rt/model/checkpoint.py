@@ -97,7 +97,12 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such weights file", "check the path given to --weights")
+        raise CheckpointError(
+            f"{path}: no such weights file",
+            "the installation lacks its weights: install it again"
+            if path == DEFAULT_WEIGHTS
+            else "check the path given to --weights",
+        )
     if path.suffix not in _SUFFIXES:
         raise CheckpointError(
             f"{path}: weights end in {', '.join(_SUFFIXES)}, got '{path.suffix}'",
@@ -215,6 +220,11 @@ def _feature_dtype(precision: str, device: str) -> torch.dtype | None:
         raise BackendUnavailable(
             f"device {device} was asked for, and torch sees no CUDA device",
             "use --device cpu, or run `ulae-rt doctor` to see why",
+        )
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailable(
+            f"device {device} was asked for, and torch sees {torch.cuda.device_count()} of them",
+            "count from cuda:0; `ulae-rt doctor` lists them",
         )
     if kind == "cpu" and precision == "fp16":
         raise BackendUnavailable(
