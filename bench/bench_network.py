@@ -35,17 +35,8 @@ def weights() -> plain.State:
 
 
 def package_network(state: plain.State) -> UlaeNet:
-    renamed = {}
-    for key, value in state.items():
-        acc, block, rest = key.split(".", 2)
-        if block == "output":
-            renamed[f"heads.{acc[3:]}.{rest}"] = value
-        elif block.startswith("dc"):
-            renamed[f"decoders.3.{block}.{rest}"] = value  # the paper's variant: the same in all
-        else:
-            renamed[f"encoder.{block}.{rest}"] = value
     net = UlaeNet("paper")
-    net.load_state_dict(renamed)
+    net.load_state_dict(plain.package_state(state, "paper"))
     return net.eval()
 
 

@@ -200,6 +200,21 @@ def scale_heads(state: State, scales: tuple[float, float, float]) -> State:
     }
 
 
+def package_state(state: State, variant: str) -> State:
+    """Released names to the package's, written a second time (checkpoint.py has its own)."""
+    out = {}
+    for key, value in state.items():
+        acc, block, rest = key.split(".", 2)
+        step = acc.removeprefix("acc")
+        if block == "output":
+            out[f"heads.{step}.{rest}"] = value
+        elif not block.startswith("dc"):
+            out[f"encoder.{block}.{rest}"] = value
+        elif variant == "release" or step == "3":
+            out[f"decoders.{step}.{block}.{rest}"] = value
+    return out
+
+
 # Losses
 
 

@@ -1,6 +1,6 @@
 """The network against a second, deliberately plain implementation of its specification."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -30,15 +30,6 @@ class Case(NamedTuple):
     truth: plain.Registered
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Volumes this small gain nothing from a second thread, and wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -55,24 +46,9 @@ def case(variant: str) -> Case:
     return Case(state, moving, fixed, truth)
 
 
-def package_state(state: plain.State, variant: str) -> plain.State:
-    """Released names to the package's, written a second time (checkpoint.py has its own)."""
-    out = {}
-    for key, value in state.items():
-        acc, block, rest = key.split(".", 2)
-        step = acc.removeprefix("acc")
-        if block == "output":
-            out[f"heads.{step}.{rest}"] = value
-        elif not block.startswith("dc"):
-            out[f"encoder.{block}.{rest}"] = value
-        elif variant == "release" or step == "3":
-            out[f"decoders.{step}.{block}.{rest}"] = value
-    return out
-
-
 def network(case: Case, variant: str, dtype: torch.dtype = torch.float64) -> UlaeNet:
     net = UlaeNet(variant).to(dtype)
-    net.load_state_dict(package_state(case.state, variant))
+    net.load_state_dict(plain.package_state(case.state, variant))
     return net.eval()
 
 
@@ -192,7 +168,7 @@ def test_smallest_size_agrees_with_plain() -> None:
     state = plain.random_state("release", seed=3)
     moving, fixed = smooth_image((16, 16, 32), seed=1), smooth_image((16, 16, 32), seed=2)
     net = UlaeNet("release").double().eval()
-    net.load_state_dict(package_state(state, "release"))
+    net.load_state_dict(plain.package_state(state, "release"))
     with torch.no_grad():
         disp = net.predict(moving, fixed).disp
         assert_close(
@@ -274,7 +250,7 @@ def test_single_pass_is_the_plain_third_step() -> None:
     state = plain.random_state("release", seed=4)
     moving, fixed = smooth_image((32, 16, 32), seed=1), smooth_image((32, 16, 32), seed=2)
     net = UlaeNet(accumulate=False).double().eval()
-    own = package_state(state, "paper")
+    own = plain.package_state(state, "paper")
     net.load_state_dict({k: v for k, v in own.items() if not k.startswith(("heads.1", "heads.2"))})
     with torch.no_grad():
         expected = plain.step_displacement(state, 3, moving, fixed)
