@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ulae_rt.allocator import keep_freed_memory
-from ulae_rt.errors import UsageError
+from ulae_rt.errors import EngineMismatch, UsageError
 from ulae_rt.imaging.affine import AFFINE_MODES
 from ulae_rt.imaging.warpfile import WARP_FORMATS
 from ulae_rt.registrar import (
     BACKENDS,
+    ENGINE_SUFFIXES,
     PRECISIONS,
     SIMILARITY,
     Clock,
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     inputs = [p for p in (arguments.moving, arguments.fixed, arguments.labels) if p is not None]
     output_files(list(wanted.values()), arguments.overwrite, inputs)
     _check_device(arguments.device)
+    _check_engine(arguments.engine)
     keep_freed_memory()
 
     with _progress() as step:
@@ -130,6 +132,15 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         "affine_direction": "fixed RAS mm -> moving RAS mm",
         **stats.to_dict(),
     }
+
+
+def _check_engine(engine: Path | None) -> None:
+    # Here, because what load_network is given may be weights as well.
+    if engine is not None and not engine.is_dir() and engine.suffix not in ENGINE_SUFFIXES:
+        raise EngineMismatch(
+            f"{engine} is no engine: expected a folder, or a file {', '.join(ENGINE_SUFFIXES)}",
+            "make one with 'ulae-rt export' and give its folder; weights go to --weights",
+        )
 
 
 def _check_device(device: str) -> None:

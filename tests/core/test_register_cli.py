@@ -171,6 +171,7 @@ def test_the_same_file_twice_works_and_says_so(pair, tmp_path, caplog):
         (["-w", "{fixed_copy}"], 1, "exists already"),
         (["--device", "tpu"], 2, "--device is 'tpu', expected auto, cpu or cuda[:N]"),
         (["--weights", "a", "--engine", "b"], 2, "not allowed with argument"),
+        (["--engine", "{dir}/none"], 1, "none is no engine: expected a folder"),
         (["--affine", "rigid"], 2, "invalid choice"),
         (["-m", "{dir}/missing.nii.gz"], 1, "missing.nii.gz does not exist"),
     ],

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,10 @@ def save_checkpoint(path: str | os.PathLike[str], model: UlaeNet, metadata: Meta
 def read_torch(path: Path) -> Any:
     """What a torch file holds, never running code that it carries."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About pickles that torch did not write; they are refused below in our own words.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):  # a web page, a Git LFS pointer: no pickle at all
             raise _damaged(path, ValueError("not a torch file")) from error
