@@ -1,10 +1,12 @@
-"""Synthetic brains of any orientation and obliquity, as NIfTI files."""
+"""Brains of any orientation and obliquity, synthetic and real, as NIfTI files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from scipy.ndimage import map_coordinates
 
 # Blobs in RAS mm about the centre: centre, radius, brightness. No two halves are alike.
 BLOBS = (
@@ -24,6 +26,23 @@ def brain_at(points: np.ndarray) -> np.ndarray:
         distance = (((points - np.array(centre)) / np.array(radius)) ** 2).sum(-1)
         values += height * np.clip(1.2 - distance, 0, 1) ** 0.5
     return np.clip(values, 0, 250)
+
+
+def real_brain(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The scan at ``path`` as `brain_at`: the middle of its grid lies at 0.
+
+    The blobs are nearly round; only folds tell a turn of an affine from a stretch.
+    """
+    scan = nib.load(path)
+    data = np.asarray(scan.dataobj, dtype=np.float32)
+    to_index = np.linalg.inv(scan.affine)
+    centre = centre_of(data.shape, scan.affine)
+
+    def at(points: np.ndarray) -> np.ndarray:
+        index = nib.affines.apply_affine(to_index, points + centre)
+        return map_coordinates(data, np.moveaxis(index, -1, 0), order=1)
+
+    return at
 
 
 def world(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
@@ -60,8 +79,9 @@ def save_brain(
     affine: np.ndarray,
     pull: np.ndarray | None = None,
     dtype: type = np.int16,
+    brain: Callable[[np.ndarray], np.ndarray] = brain_at,
 ) -> Path:
-    """Write the brain in the centre of a grid.
+    """Write ``brain`` in the centre of a grid.
 
     ``pull`` (4, 4) takes this file's RAS mm to the RAS mm at which the brain lies about 0.
     """
@@ -69,7 +89,7 @@ def save_brain(
     if pull is None:
         pull = nib.affines.from_matvec(np.eye(3), -centre_of(shape, affine))
     points = nib.affines.apply_affine(pull, points)
-    data = brain_at(points)
+    data = brain(points)
     data = data.astype(dtype) if np.dtype(dtype).kind == "f" else np.rint(data).astype(dtype)
     image = nib.Nifti1Image(data, affine)
     image.set_sform(affine, 1)

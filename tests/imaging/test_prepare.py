@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from _support.brains import GEOMETRIES, grid_affine, save_brain
+from _support.brains import GEOMETRIES, grid_affine, real_brain, save_brain
 from ulae_rt.cli import main
 from ulae_rt.errors import UsageError
 from ulae_rt.prepare import find_scans
@@ -54,21 +54,24 @@ def test_lists_that_make_no_sense(tmp_path):
         find_scans(tmp_path)
 
 
-def test_scans_are_brought_to_the_template_and_back(tmp_path, capsys):
-    template = save_brain(tmp_path / "template.nii.gz", *grid_affine((64, 80, 60)))
+def test_scans_are_brought_to_the_template_and_back(samples, tmp_path, capsys):
+    head, spacing = real_brain(samples[0]), (2, 2, 2)
+    template = tmp_path / "template.nii.gz"
+    save_brain(template, *grid_affine((88, 104, 88), spacing), brain=head)
     scans = tmp_path / "scans"
     scans.mkdir()
-    far = grid_affine((72, 90, 70), codes="LIA", centre=(30, -280, 190))
+    far = grid_affine((100, 120, 100), spacing, codes="LIA", centre=(30, -280, 190))
     known = nib.affines.from_matvec(
         nib.eulerangles.euler2mat(0.1, 0.15, -0.1) * 1.05, [30, -280, 190]
     )
-    source = nib.load(save_brain(scans / "a_t1.nii.gz", *far, pull=np.linalg.inv(known)))
+    scan = save_brain(scans / "a_t1.nii.gz", *far, pull=np.linalg.inv(known), brain=head)
+    source = nib.load(scan)
     labels = np.digitize(np.asarray(source.dataobj), [1, 60, 90, 120, 160]).astype(np.int32)
     nib.save(nib.Nifti1Image(labels, source.affine), scans / "a_labels.nii.gz")
     (scans / "bad.nii.gz").write_bytes(b"not an image")
 
     out = tmp_path / "out"
-    command = ["prepare", str(scans), "-o", str(out), "--template", str(template), *SHAPE]
+    command = ["prepare", str(scans), "-o", str(out), "--template", str(template)]
     assert main(command) == 1  # the bad one; the good one is there
     said = capsys.readouterr()
     assert "error: 1 of 2 scans failed: bad" in said.err
@@ -81,18 +84,18 @@ def test_scans_are_brought_to_the_template_and_back(tmp_path, capsys):
     ]
     manifest = json.loads((out / "prepared.json").read_text())
     assert manifest["scans"]["a"]["source"] == str(scans / "a_t1.nii.gz")
-    assert manifest["shape"] == [64, 80, 64]
+    assert manifest["shape"] == [160, 192, 160]
     assert manifest["normalisation"] == "p99.9"
     assert "bad" in manifest["failed"]
 
     image, carried = nib.load(out / "a.nii.gz"), nib.load(out / "a_labels.nii.gz")
-    assert image.shape == (64, 80, 64)
+    assert image.shape == (160, 192, 160)
     assert image.get_data_dtype() == np.float32
     assert carried.get_data_dtype() == np.uint16
     assert 0.9 < image.get_fdata().max() <= 1
     # aligned: as the template itself would be
     reference = tmp_path / "same"
-    alone = ["prepare", str(template), "-o", str(reference), "--template", str(template), *SHAPE]
+    alone = ["prepare", str(template), "-o", str(reference), "--template", str(template)]
     assert main([*alone, "--affine", "none"]) == 0
     expected = nib.load(reference / "template.nii.gz").get_fdata()
     assert np.corrcoef(image.get_fdata().ravel(), expected.ravel())[0, 1] > 0.99
@@ -100,7 +103,7 @@ def test_scans_are_brought_to_the_template_and_back(tmp_path, capsys):
     text = (out / "a_affine.txt").read_text()
     assert text.startswith("# template world RAS mm -> scan world RAS mm")
     matrix = np.loadtxt(out / "a_affine.txt")
-    points = np.array([[20.0, -28, 18], [-20, 28, -18], [0, 0, 0]])
+    points = np.array([[60.0, -75, 55], [-60, 75, -55], [0, 0, 0]])
     apply = nib.affines.apply_affine
     assert np.linalg.norm(apply(matrix, points) - apply(known, points), axis=1).max() < 0.5
     # labels went the same way
