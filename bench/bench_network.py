@@ -1,14 +1,17 @@
-"""The network against the released code's arithmetic: time in turn, memory apart.
+"""The network against the released code's arithmetic, each in a process of its own, in turn.
 
 The baseline is what a user has today: every branch, every concatenation and every step's fixed path
-computed as published, default memory layout, sampling grids built and normalised
-(tests/_support/plain_ulae.py, in float32).
+computed as published, default memory layout and allocator, sampling grids built and normalised
+(tests/_support/plain_ulae.py, in float32). The package runs as its commands run it.
 """
 
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timing
@@ -21,7 +24,7 @@ from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.conventions import FULL_SHAPE
 from ulae_rt.model import UlaeNet
 
-# Weights that move by up to about 15 voxels, in the steps' own proportions.
+# Weights that move by tens of voxels, in the steps' own proportions.
 HEAD_SCALES = (1.7, 0.5, 0.5)
 RELEASED = "released, eager fp32"
 PACKAGE = {"ulae_rt fp32": None, "ulae_rt bf16": torch.bfloat16, "ulae_rt fp16": torch.float16}
@@ -29,108 +32,147 @@ PACKAGE = {"ulae_rt fp32": None, "ulae_rt bf16": torch.bfloat16, "ulae_rt fp16":
 FP32_TOLERANCE_VOXELS = 1e-3
 
 
-def weights() -> plain.State:
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def names() -> list[str]:
+    """The contenders that this machine can run."""
+    on_cpu = device() == "cpu"
+    skipped = {"ulae_rt fp16"} if on_cpu else set()  # no CPU has a fast fp16 convolution
+    if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        skipped.add("ulae_rt bf16")
+    return [RELEASED, *(name for name in PACKAGE if name not in skipped)]
+
+
+def contender(name: str, sizes: tuple[int, int, int]) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Moved image and displacement of one and the same pair, computed the contender's way."""
     state = plain.scale_heads(plain.random_state("paper"), HEAD_SCALES)
-    return {key: value.float() for key, value in state.items()}
+    state = {key: value.float().to(device()) for key, value in state.items()}
+    pair = [smooth_image(sizes, seed=s, dtype=torch.float32).to(device()) for s in (1, 2)]
+    if name == RELEASED:
+        torch.backends.cudnn.allow_tf32 = False
 
+        def released() -> tuple[Tensor, Tensor]:
+            with torch.inference_mode():
+                out = plain.register(state, *pair)
+                return out.moved, out.disp
 
-def package_network(state: plain.State) -> UlaeNet:
+        return released
+
+    keep_freed_memory()
     net = UlaeNet("paper")
     net.load_state_dict(plain.package_state(state, "paper"))
-    return net.eval()
+    net = net.to(device()).eval()
+    net.feature_dtype = PACKAGE[name]
 
-
-def contenders(
-    sizes: tuple[int, int, int], device: str
-) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
-    """Each returns moved and displacement of the same pair."""
-    state = {key: value.to(device) for key, value in weights().items()}
-    net = package_network(state).to(device)
-    moving, fixed = (smooth_image(sizes, seed=s, dtype=torch.float32).to(device) for s in (1, 2))
-
-    def released() -> tuple[Tensor, Tensor]:
+    def package() -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
-            out = plain.register(state, moving, fixed)
-            return out.moved, out.disp
+            return net.predict(*pair)
 
-    def package(dtype: torch.dtype | None) -> Callable[[], tuple[Tensor, Tensor]]:
-        def run() -> tuple[Tensor, Tensor]:
-            net.feature_dtype = dtype
-            with torch.inference_mode():
-                return net.predict(moving, fixed)
-
-        return run
-
-    runs = {RELEASED: released} | {name: package(dtype) for name, dtype in PACKAGE.items()}
-    if device == "cpu":
-        del runs["ulae_rt fp16"]  # no CPU has a fast fp16 convolution
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            del runs["ulae_rt bf16"]
-    return runs
+    return package
 
 
-def errors(runs: dict[str, Callable[[], tuple[Tensor, Tensor]]]) -> dict[str, dict[str, float]]:
-    """Displacement error of each against the released arithmetic, voxels; the gate."""
-    moved, disp = runs[RELEASED]()
-    found = {}
-    for name, run in runs.items():
-        if name != RELEASED:
-            other_moved, other = run()
-            distance = (other - disp).norm(dim=1)
-            found[name] = {
-                "disp_mean": float(distance.mean()),
-                "disp_max": float((other - disp).abs().max()),
-                "moved_max": float((other_moved - moved).abs().max()),
-                "reach": float(disp.abs().max()),
-            }
-    assert found["ulae_rt fp32"]["disp_max"] <= FP32_TOLERANCE_VOXELS, found
-    return found
+def serve(name: str, sizes: tuple[int, int, int], result: str) -> None:
+    """A contender's process: one warm-up, whose result is saved, then one run a line of stdin."""
+    run = contender(name, sizes)
+    torch.save([x.float().cpu() for x in run()], result)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        timing.synchronise()
+        started = time.perf_counter()
+        run()
+        timing.synchronise()
+        print(time.perf_counter() - started, flush=True)
+    print(peak_gb(), flush=True)
 
 
-def peak_memory_gb(name: str, sizes: tuple[int, int, int]) -> float:
-    """Largest resident size of a fresh process that runs one contender twice."""
+def peak_gb() -> float:
+    """Largest resident size of this process (``ru_maxrss`` would include its parent's)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(x.split()[1] for x in lines if x.startswith("VmHWM"))) / 1e6
+
+
+@contextmanager
+def process(
+    name: str, sizes: tuple[int, int, int], result: Path
+) -> Iterator["subprocess.Popen[str]"]:
     script = (
-        "import resource, sys; sys.path[:0] = ['bench', 'tests']; import bench_network as b;"
-        f"b.keep_freed_memory(); run = b.contenders({sizes}, 'cpu')[{name!r}]; run(); run();"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
+        "import sys; sys.path[:0] = ['bench', 'tests']; import bench_network;"
+        f"bench_network.serve({name!r}, {sizes}, {str(result)!r})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=timing.ROOT, capture_output=True, text=True, check=True
-    )
-    return float(done.stdout)
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=timing.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert line(child) == "ready"
+        yield child
 
 
-def test_network(full: bool, rounds: int, capsys: pytest.CaptureFixture[str]) -> None:
+def line(child: "subprocess.Popen[str]") -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+def ask(child: "subprocess.Popen[str]") -> float:
+    assert child.stdin is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+    return float(line(child))
+
+
+def finish(child: "subprocess.Popen[str]") -> float:
+    assert child.stdin is not None
+    child.stdin.close()
+    return float(line(child))
+
+
+def errors(moved: Tensor, disp: Tensor, truth: list[Tensor]) -> dict[str, float]:
+    """Against the released arithmetic, displacements in voxels."""
+    return {
+        "disp_mean": float((disp - truth[1]).norm(dim=1).mean()),
+        "disp_max": float((disp - truth[1]).abs().max()),
+        "moved_max": float((moved - truth[0]).abs().max()),
+        "reach": float(truth[1].abs().max()),
+    }
+
+
+def test_network(
+    full: bool, rounds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = FULL_SHAPE if full else (32, 48, 32)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False
-    keep_freed_memory()  # for all alike: the released arithmetic profits as much
-    runs = contenders(sizes, device)
-    found = errors(runs)
-    seconds = timing.interleaved(runs, rounds)
-    memory = {name: peak_memory_gb(name, sizes) for name in runs} if device == "cpu" else {}
-    if full:
-        base = statistics.median(seconds[RELEASED])
-        timing.record(
-            "network",
-            {
-                name: {
-                    "sizes": sizes,
-                    "seconds": values,
-                    "ratio": statistics.median(values) / base,
-                    "peak_gb": memory.get(name),
-                    "error_voxels": found.get(name),
-                }
-                for name, values in seconds.items()
-            },
+    rows: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        children = {}
+        for number, name in enumerate(names()):
+            result = tmp_path / f"{number}.pt"
+            children[name] = stack.enter_context(process(name, sizes, result))
+            found = torch.load(result, weights_only=True)
+            if name == RELEASED:
+                truth = found
+            rows[name] = {"sizes": sizes, "error_voxels": errors(*found, truth)}
+        # The gate: nothing is timed that is not right.
+        worst = rows["ulae_rt fp32"]["error_voxels"]["disp_max"]
+        assert worst <= FP32_TOLERANCE_VOXELS, f"float32 is off by {worst} voxel"
+        seconds = timing.interleaved(
+            {name: lambda child=child: ask(child) for name, child in children.items()}, rounds
         )
+        for name, child in children.items():
+            rows[name] |= {"seconds": seconds[name], "peak_gb": finish(child)}
+    ratios = timing.ratios(seconds, RELEASED)
+    for name, row in rows.items():
+        row["ratio"] = ratios[name]
+    if full:
+        timing.record("network", rows)
     with capsys.disabled():
-        print(f"\nnetwork, one pair {'x'.join(map(str, sizes))}, {device}, {rounds} rounds in turn")
+        print(
+            f"\nnetwork, one pair {'x'.join(map(str, sizes))}, {device()}, {rounds} rounds in turn"
+        )
         print(timing.table(seconds, RELEASED))
-        for name, gb in memory.items():
-            print(f"{name:<28}{gb:>9.2f} GB peak")
-        for name, row in found.items():
+        for name, row in rows.items():
+            error = row["error_voxels"]
             print(
-                f"{name:<28} displacement error mean {row['disp_mean']:.2e}, max "
-                f"{row['disp_max']:.2e} voxel where it reaches {row['reach']:.1f}"
+                f"{name:<28}{row['peak_gb']:>8.2f} GB peak; displacement off by {error['disp_mean']:.1e} "
+                f"(mean), {error['disp_max']:.1e} (max) voxel where it reaches {error['reach']:.0f}"
             )

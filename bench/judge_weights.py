@@ -28,9 +28,9 @@ FIRST_CORTICAL_LABEL = 100
 GROUPS = ("all", "cortex", "below 100")
 
 
-def group_means(moved: np.ndarray, fixed: np.ndarray) -> dict[str, float]:
-    """Mean Dice over all labels of both maps, the cortical ones and the others."""
-    scores = {k: v for k, v in dice_per_label(moved, fixed).items() if not np.isnan(v)}
+def group_means(moved: np.ndarray, fixed: np.ndarray, labels: list[int]) -> dict[str, float]:
+    """Mean Dice over ``labels``, the cortical ones and the others; a label that was lost has 0."""
+    scores = {k: np.nan_to_num(v) for k, v in dice_per_label(moved, fixed, labels).items()}
     cortex = [v for k, v in scores.items() if k >= FIRST_CORTICAL_LABEL]
     below = [v for k, v in scores.items() if k < FIRST_CORTICAL_LABEL]
     means = zip(GROUPS, (list(scores.values()), cortex, below), strict=True)
@@ -41,11 +41,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scans", type=Path)
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     keep_freed_memory()
-    registrar = Registrar(arguments.weights, precision=arguments.precision)
+    registrar = Registrar(arguments.weights)
     names = sorted(p.name.removesuffix("_t1.nii.gz") for p in arguments.scans.glob("*_t1.nii.gz"))
     images = {n: read_volume(arguments.scans / f"{n}_t1.nii.gz") for n in names}
     labels = {n: read_volume(arguments.scans / f"{n}_labels.nii.gz", kind="labels") for n in names}
@@ -54,14 +53,16 @@ def main() -> int:
         result = registrar(images[moving], images[fixed], labels=labels[moving])
         assert result.moved_labels is not None
         target = labels[fixed].data.astype(np.int64)
+        both = np.intersect1d(labels[moving].data, target)
+        regions = [int(label) for label in both if label]
         affine = resample(labels[moving], grid_of(images[fixed]), result.affine, "nearest")
         moved = np.asarray(result.moved_labels.dataobj).astype(np.int64)
         rows.append(
             {
                 "moving": moving,
                 "fixed": fixed,
-                "affine": group_means(affine.astype(np.int64), target),
-                "network": group_means(moved, target),
+                "affine": group_means(affine.astype(np.int64), target, regions),
+                "network": group_means(moved, target, regions),
                 "folding_percent": result.stats.folding_percent,
                 "seconds": result.stats.seconds,
             }

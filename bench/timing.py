@@ -7,7 +7,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,31 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender, one warm-up each, then ``rounds`` times all of them in turn.
+def interleaved(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender, which each times itself, ``rounds`` times all of them in turn.
 
     In turn, so that a machine that drifts drifts for all of them alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in contenders.items():
-            _synchronise()
-            started = time.perf_counter()
-            run()
-            _synchronise()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(run())
     return seconds
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, float]:
+    """Median over the rounds of a contender's seconds by the baseline's in the same round."""
+    base = seconds[baseline]
+    return {
+        name: statistics.median(a / b for a, b in zip(values, base, strict=True))
+        for name, values in seconds.items()
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -86,12 +90,12 @@ def record(name: str, rows: dict[str, Any]) -> Path:
 
 
 def table(seconds: dict[str, list[float]], baseline: str) -> str:
-    """Median, spread and ratio to the baseline's median, one line a contender."""
-    base = statistics.median(seconds[baseline])
+    """Median, spread and ratio to the baseline, one line a contender."""
+    ratio = ratios(seconds, baseline)
     lines = [f"{'':<28}{'median s':>10}{'min':>9}{'max':>9}{'ratio':>8}"]
     for name, values in seconds.items():
-        median = statistics.median(values)
         lines.append(
-            f"{name:<28}{median:>10.3f}{min(values):>9.3f}{max(values):>9.3f}{median / base:>8.2f}"
+            f"{name:<28}{statistics.median(values):>10.3f}{min(values):>9.3f}{max(values):>9.3f}"
+            f"{ratio[name]:>8.2f}"
         )
     return "\n".join(lines)
