@@ -171,8 +171,9 @@ def test_network(
         )
         print(timing.table(seconds, RELEASED))
         for name, row in rows.items():
-            error = row["error_voxels"]
+            off = row["error_voxels"]
             print(
-                f"{name:<28}{row['peak_gb']:>8.2f} GB peak; displacement off by {error['disp_mean']:.1e} "
-                f"(mean), {error['disp_max']:.1e} (max) voxel where it reaches {error['reach']:.0f}"
+                f"{name:<28}{row['peak_gb']:>8.2f} GB peak; displacement off by "
+                f"{off['disp_mean']:.1e} (mean), {off['disp_max']:.1e} (max) voxel where it "
+                f"reaches {off['reach']:.0f}"
             )
