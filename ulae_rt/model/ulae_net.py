@@ -153,8 +153,8 @@ class UlaeNet(nn.Module):
         uncoupled: False puts a plain U-Net encoder in place of the two paths (ablation).
 
     Attributes:
-        feature_dtype: type of everything between the images and the flow heads; displacements,
-            warps and heads stay in the type of the inputs. None: the type of the inputs.
+        feature_dtype: type of everything between the images and the displacements, which stay in
+            the type of the inputs as do the warps and the coarse heads. None: that type too.
         metadata: what the weights are for and where they come from.
 
     Source: ULAE-net sections 2.1 to 2.3; the released code's ULAE/ULAE.py at ac89ce5.
@@ -265,9 +265,12 @@ class UlaeNet(nn.Module):
             pair = F.avg_pool3d(pair, 2)
         decoder = self.decoders[str(step) if self.variant == "release" else str(STEPS)]
         features = decoder(fused, as_features(pair, dtype), step)
-        # The head is a flow, not a feature: half precision would round its voxels.
+        # A coarse displacement is multiplied and moves many voxels, so half precision would show;
+        # the finest adds a voxel or two, and its rounding is lost in that of its features.
+        if step != STEPS:
+            features = features.to(moving.dtype)
         head = cast(nn.Conv3d, self.heads[str(step)])
-        disp = conv3d(features.to(moving.dtype), head.weight, head.bias, padding=1)
+        disp = conv3d(features, head.weight, head.bias, padding=1).to(moving.dtype)
         return resize_displacement(disp, _STEP_FACTORS[step - 1])
 
     @staticmethod
