@@ -217,11 +217,12 @@ class MovingBlock(nn.Module):
         """(B, in, D, H, W) and the fixed path's (B, out, D/2, H/2, W/2) to the latter's shape."""
         weights = self.folded()
         mean = x.mean(dim=(2, 3, 4), keepdim=True, dtype=weights.mean.dtype)
+        # In place: a convolution's gradient does not need its result.
         out = conv3d(y, weights.fixed, weights.bias)
-        out = out + conv3d(mean, weights.mean).to(out.dtype)
+        out += conv3d(mean, weights.mean).to(out.dtype)
         for dilation, kernel in weights.dilated.items():
-            out = out + _strided_conv3d(x, kernel, dilation)
-        return F.leaky_relu(out, NEGATIVE_SLOPE)
+            out += _strided_conv3d(x, kernel, dilation)
+        return F.leaky_relu_(out, NEGATIVE_SLOPE)
 
 
 def _strided_conv3d(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
