@@ -1,5 +1,6 @@
 """Contenders timed in one run, in turn, and the record that is left of it."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -47,11 +48,9 @@ def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     processor = platform.processor() or platform.machine()
-    try:
+    with contextlib.suppress(OSError, StopIteration):  # other systems, other processors
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)),
