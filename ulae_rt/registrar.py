@@ -47,6 +47,7 @@ from ulae_rt.imaging.transform import (
     warp_image,
 )
 from ulae_rt.imaging.warpfile import Warp, WarpFormat, warp_to_image
+from ulae_rt.optional import require
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ class Network(Protocol):
 class _TorchNetwork:
     def __init__(self, path: Path | None, device: str, precision: str) -> None:
         # Here, not above: `register --engine` runs without torch.
-        import torch
-
+        torch = require("torch", "torch")
+        require("safetensors", "torch")
         from ulae_rt.model import load_model
 
         if device == "auto":

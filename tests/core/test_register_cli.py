@@ -334,3 +334,20 @@ def test_registering_needs_no_torch(pair, tmp_path):
         said, errors = running.communicate(timeout=60)
     assert running.returncode == 0, errors.decode()
     assert said.decode().splitlines()[-1] == "False"
+
+
+def test_without_torch_weights_are_refused_with_what_to_install(pair, tmp_path):
+    """The base installation has no torch; only engines run there."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+    command = [
+        sys.executable, "-m", "ulae_rt.register", "-m", str(pair[0]), "-f", str(pair[1]),
+        "-o", str(tmp_path / "moved.nii.gz"),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: torch is not installed",
+        "hint: pip install 'ulae-rt[torch]'",
+    ]
+    assert not (tmp_path / "moved.nii.gz").exists()
