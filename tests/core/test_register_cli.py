@@ -319,7 +319,7 @@ def process(body, pair, tmp_path):
 def test_a_signal_while_writing_leaves_no_file(pair, tmp_path, stop):
     before = names(tmp_path)
     with process(SLOW, pair, tmp_path) as running:
-        assert running.stdout.readline() == b"half\n"
+        assert running.stdout.readline().startswith(b"half")  # two threads write, both may say it
         assert len(names(tmp_path)) > len(before)  # hidden, half the set
         running.send_signal(stop)
         _, said = running.communicate(timeout=60)
