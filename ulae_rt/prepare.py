@@ -19,7 +19,6 @@ from ulae_rt.errors import ImageError, OutputError, UlaeError, UsageError
 from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode, register_affine
 from ulae_rt.imaging.grid import (
     NORMALISATION,
-    NORMALISATIONS,
     WORKING_SHAPE,
     Grid,
     cut_off,
@@ -57,7 +56,6 @@ class _Job:
     grid: Grid
     folder: Path
     affine: AffineMode
-    normalisation: str
     overwrite: bool
 
 
@@ -79,10 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape", type=int, nargs=3, default=WORKING_SHAPE, metavar=("D", "H", "W"),
         help="voxels of 1 mm along R, A, S (160 192 160)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--normalisation", choices=NORMALISATIONS, default=NORMALISATION,
-        help="what becomes 1: the maximum or the brain's 99.9th percentile (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -114,7 +108,6 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
             grid,
             arguments.out,
             arguments.affine,
-            arguments.normalisation,
             arguments.overwrite,
         )
         for scan in scans
@@ -125,7 +118,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         "shape": list(grid.shape),
         "spacing_mm": 1.0,
         "grid_affine": grid.affine.tolist(),
-        "normalisation": arguments.normalisation,
+        "normalisation": NORMALISATION,
         "affine_mode": arguments.affine,
         "affine_direction": "template RAS mm -> scan RAS mm",
         "scans": done,
@@ -288,7 +281,7 @@ def prepare_scan(job: _Job) -> dict[str, Any]:
         lost = cut_off(moving, grid, np.asarray(np.linalg.inv(matrix)))
         warn_cut_off(lost, moving.name, grid)
         on_grid = Volume(np.zeros(0), grid.affine, template.header, template.name)
-        data = network_input(moving, grid, matrix, job.normalisation)
+        data = network_input(moving, grid, matrix, NORMALISATION)
         save_image(image_on_grid(data, on_grid, grid.affine), out.temporary(paths["image"]))
         if labels is not None:
             carried = _unsigned(resample(labels, grid, matrix, "nearest"), labels.name)
