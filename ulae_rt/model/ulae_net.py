@@ -5,6 +5,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ulae_rt.conventions import SIZE_MULTIPLE
 from ulae_rt.errors import ShapeError, UsageError
@@ -155,6 +156,8 @@ class UlaeNet(nn.Module):
     Attributes:
         feature_dtype: type of everything between the images and the displacements, which stay in
             the type of the inputs as do the warps and the coarse heads. None: that type too.
+        checkpointing: while gradients are recorded, keep only what goes in and out of each step and
+            compute the rest again in the backward pass: the same gradients, less memory, more time.
         metadata: what the weights are for and where they come from.
 
     Source: ULAE-net sections 2.1 to 2.3; the released code's ULAE/ULAE.py at ac89ce5.
@@ -177,6 +180,7 @@ class UlaeNet(nn.Module):
         self.accumulate = accumulate
         self.uncoupled = uncoupled
         self.feature_dtype: torch.dtype | None = None
+        self.checkpointing = False
         self.metadata = Metadata(variant, channels, accumulate, uncoupled)
 
         self.encoder = UncoupledEncoder(channels) if uncoupled else CoupledEncoder(channels)
@@ -233,7 +237,14 @@ class UlaeNet(nn.Module):
         progressive: list[Tensor] = []
         image = moving
         for index, step in enumerate(self.used_steps):
-            phi = self._step(step, image, fixed, fixed_features, dtype)
+            if self.checkpointing and torch.is_grad_enabled():
+                # Nothing here is random; reading a generator's state would break a CUDA graph.
+                phi = checkpoint(
+                    self._step, step, image, fixed, fixed_features, dtype,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            else:
+                phi = self._step(step, image, fixed, fixed_features, dtype)
             last = index == len(self.used_steps) - 1
             if not accumulated:
                 total = phi
