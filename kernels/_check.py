@@ -2,17 +2,7 @@
 
 from torch import Tensor
 
-from ulae_rt import env
-from ulae_rt.errors import BackendUnavailable, DtypeError, ShapeError, UsageError
-
-
-def check_backend() -> None:
-    """Refuse ``ULAE_RT_KERNELS=triton`` for as long as there is no Triton kernel to honour it."""
-    if env.kernels() == "triton":
-        raise BackendUnavailable(
-            "ULAE_RT_KERNELS=triton was asked for, and this version has no Triton kernels",
-            "unset ULAE_RT_KERNELS to use the reference ops",
-        )
+from ulae_rt.errors import DtypeError, ShapeError, UsageError
 
 
 def check_volume(op: str, name: str, x: Tensor) -> None:
@@ -30,11 +20,21 @@ def check_volume(op: str, name: str, x: Tensor) -> None:
         raise ShapeError(f"{op}: {name} has shape {tuple(x.shape)}, expected no empty axis")
 
 
-def check_displacement(op: str, name: str, disp: Tensor, like: Tensor | None = None) -> None:
-    """``disp`` is a floating (B, 3, D, H, W) tensor, on ``like``'s batch, grid and device."""
+def check_displacement(
+    op: str, name: str, disp: Tensor, like: Tensor | None = None, factor: int = 1
+) -> None:
+    """``disp`` is a floating (B, 3, D, H, W) tensor, on ``like``'s batch, grid and device.
+
+    Its grid is ``like``'s divided by ``factor``, which must divide it.
+    """
     check_volume(op, name, disp)
     shape = like.shape if like is not None else disp.shape
-    expected = (shape[0], 3, *shape[2:])
+    if any(size % factor for size in shape[2:]):
+        raise ShapeError(
+            f"{op}: the grid {tuple(shape[2:])} is not a multiple of factor = {factor}",
+            "resize the displacement to the full grid first",
+        )
+    expected = (shape[0], 3, *(size // factor for size in shape[2:]))
     if tuple(disp.shape) != expected:
         raise ShapeError(
             f"{op}: {name} has shape {tuple(disp.shape)}, expected {expected}",
@@ -67,3 +67,9 @@ def check_window(op: str, window: int) -> None:
     """``window`` is a positive odd integer."""
     if window < 1 or window % 2 == 0:
         raise UsageError(f"{op}: window is {window}, expected a positive odd integer")
+
+
+def check_factor(op: str, factor: int) -> None:
+    """``factor`` is a positive integer."""
+    if factor < 1:
+        raise UsageError(f"{op}: factor is {factor}, expected a positive integer")

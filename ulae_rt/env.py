@@ -18,6 +18,11 @@ def kernels() -> str:
     return choice
 
 
+def triton_interprets() -> bool:
+    """``TRITON_INTERPRET``: whether Triton runs kernels on the CPU, statement by statement."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def data_dir() -> str | None:
     """``ULAE_RT_DATA``: the folder with the evaluation data that tests and benches use."""
     return os.environ.get("ULAE_RT_DATA")

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ulae_rt.kernels._check import check_backend, check_displacement
+from ulae_rt.kernels._check import check_displacement
 from ulae_rt.kernels.compose.reference import compose_reference
 
 
@@ -27,7 +27,6 @@ def compose(disp_a: Tensor, disp_b: Tensor) -> Tensor:
 
     Source: ULAE-net, Eq. 2.
     """
-    check_backend()
     check_displacement("compose", "disp_a", disp_a)
     check_displacement("compose", "disp_b", disp_b, like=disp_a)
     return compose_reference(disp_a, disp_b)

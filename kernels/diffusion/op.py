@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ulae_rt.kernels._check import check_backend, check_displacement
+from ulae_rt.kernels._check import check_displacement
 from ulae_rt.kernels.diffusion.reference import diffusion_reference
 
 
@@ -26,6 +26,5 @@ def diffusion(disp: Tensor) -> Tensor:
 
     Source: ULAE-net, Eq. 4 as the released code computes it (smoothloss, ULAE/Loss.py at ac89ce5).
     """
-    check_backend()
     check_displacement("diffusion", "disp", disp)
     return diffusion_reference(disp)

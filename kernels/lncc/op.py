@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ulae_rt.errors import UsageError
-from ulae_rt.kernels._check import check_backend, check_same, check_volume, check_window
+from ulae_rt.kernels._check import check_same, check_volume, check_window
 from ulae_rt.kernels.lncc.reference import multi_window_lncc_reference
 
 
@@ -35,7 +35,6 @@ def multi_window_lncc(
 
     Source: ULAE-net, Eq. 3; NCC in ULAE/Loss.py at ac89ce5 (window sums by dense convolution).
     """
-    check_backend()
     check_volume("lncc", "x", x)
     check_volume("lncc", "y", y)
     check_same("lncc", x, y)

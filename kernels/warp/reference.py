@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ulae_rt.kernels.resize.reference import resize_displacement_reference
+
 _MODES = {"linear": "bilinear", "nearest": "nearest"}
 
 
@@ -49,8 +51,10 @@ def sample(image: Tensor, grid: Tensor, padding: str, mode: str) -> Tensor:
     return out
 
 
-def warp_reference(image: Tensor, disp: Tensor, *, padding: str, mode: str) -> Tensor:
+def warp_reference(
+    image: Tensor, disp: Tensor, *, padding: str, mode: str, factor: int = 1
+) -> Tensor:
     """``out(p) = image(p + disp(p))``; see :func:`ulae_rt.kernels.warp` for the contract."""
     accumulate = torch.promote_types(torch.promote_types(image.dtype, disp.dtype), torch.float32)
-    grid = sampling_grid(disp.to(accumulate))
+    grid = sampling_grid(resize_displacement_reference(disp.to(accumulate), factor))
     return sample(image.to(accumulate), grid, padding, mode).to(image.dtype)

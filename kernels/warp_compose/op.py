@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ulae_rt.kernels._check import check_backend, check_displacement, check_volume
+from ulae_rt.kernels._check import check_displacement, check_volume
 from ulae_rt.kernels.warp_compose.reference import warp_compose_reference
 
 
@@ -25,7 +25,6 @@ def warp_compose(image: Tensor, disp_a: Tensor, disp_b: Tensor) -> tuple[Tensor,
 
     Source: ULAE-net, Eq. 2: M_2 and Phi_2 are sampled at the same points.
     """
-    check_backend()
     check_volume("warp_compose", "image", image)
     check_displacement("warp_compose", "disp_a", disp_a, like=image)
     check_displacement("warp_compose", "disp_b", disp_b, like=image)

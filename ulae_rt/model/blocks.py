@@ -123,19 +123,6 @@ def upsample2(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False)
 
 
-def resize_displacement(disp: Tensor, factor: int) -> Tensor:
-    """A displacement predicted at 1/``factor`` resolution, in voxels of the full grid.
-
-    (B, 3, D / f, H / f, W / f) in coarse voxels to (B, 3, D, H, W): multiplied by ``factor``, then
-    resized trilinearly with ``align_corners=True``, as the released code does.
-    """
-    if factor == 1:
-        return disp
-    return F.interpolate(
-        factor * disp, scale_factor=float(factor), mode="trilinear", align_corners=True
-    )
-
-
 class ConvBlock(nn.Sequential):
     """3x3x3 convolution without bias, InstanceNorm, LeakyReLU(0.2).
 

@@ -9,13 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ulae_rt.conventions import SIZE_MULTIPLE
 from ulae_rt.errors import ShapeError, UsageError
-from ulae_rt.kernels import compose, warp, warp_compose
+from ulae_rt.kernels import compose, resize_displacement, warp, warp_compose
 from ulae_rt.model.blocks import (
     ConvBlock,
     MovingBlock,
     as_features,
     conv3d,
-    resize_displacement,
     upsample2,
 )
 from ulae_rt.model.metadata import Metadata

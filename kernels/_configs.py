@@ -1,0 +1,75 @@
+"""Launch configurations: frozen data, chosen by a pure function of shape, type and architecture.
+
+``bench/tune.py`` measures candidates and proposes lines; a person commits them. Nothing is tuned at
+run time: the first call costs what the thousandth does, and equal machines compute equal bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is cut into programs.
+
+    Attributes:
+        tile: elements a program computes along the kernel's own axes, powers of two.
+        warps: warps a program.
+    """
+
+    tile: tuple[int, ...]
+    warps: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: ``config`` where every condition that is given holds.
+
+    Attributes:
+        config: what to launch.
+        width_at_most: longest row (the last axis) it is for.
+        itemsize: bytes of an element of the largest input.
+        archs: architectures, 90 for compute capability 9.0.
+    """
+
+    config: LaunchConfig
+    width_at_most: int | None = None
+    itemsize: int | None = None
+    archs: tuple[int, ...] | None = None
+
+    def fits(self, width: int, itemsize: int, arch: int) -> bool:
+        """Whether the conditions hold."""
+        return (
+            (self.width_at_most is None or width <= self.width_at_most)
+            and (self.itemsize is None or itemsize == self.itemsize)
+            and (self.archs is None or arch in self.archs)
+        )
+
+
+# The first line that fits is taken; the last of each kernel has no condition.
+# Rows of 32 lanes: one 128-byte access a warp for float32, and no waste at widths of 160 and 192.
+# The interpreter pays by the statement, not by the lane: few and large programs.
+_SAMPLING = (
+    Line(LaunchConfig(tile=(32, 32), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(8, 16), warps=4), width_at_most=16),
+    Line(LaunchConfig(tile=(4, 32), warps=4)),
+)
+_FLAT = (
+    Line(LaunchConfig(tile=(2048,), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(256,), warps=4)),
+)
+TABLE: dict[str, tuple[Line, ...]] = {
+    "resize_backward": _FLAT,
+    "resize_forward": _SAMPLING,
+    "warp_backward": _SAMPLING,
+    "warp_forward": _SAMPLING,
+}
+
+
+def launch_config(kernel: str, width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
+    """The configuration of ``kernel`` for rows of ``width`` elements of ``dtype`` on ``arch``."""
+    for line in TABLE[kernel]:
+        if line.fits(width, dtype.itemsize, arch):
+            return line.config
+    raise AssertionError(f"{kernel}: the last line of the table must have no condition")

@@ -1,0 +1,112 @@
+"""Which implementation runs, and what every Triton launch shares.
+
+The public functions ask :func:`uses_triton`; the registered operators ``torch.ops.ulae_rt.*`` are
+the Triton kernels themselves. Nothing here imports triton: a machine without it runs the
+references.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulae_rt import env
+from ulae_rt.errors import BackendUnavailable
+
+logger = logging.getLogger(__name__)
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_said: set[str] = set()
+
+
+def unavailable(device: torch.device) -> tuple[str, str] | None:
+    """Why the Triton kernels cannot run on ``device``, and what to do; None when they can."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed", "pip install 'ulae-rt[gpu]'"
+    if device.type != "cuda" and not env.triton_interprets():
+        return (
+            f"they need a CUDA tensor, got one on {device.type}",
+            "move it to a GPU, or set TRITON_INTERPRET=1 to run them, slowly, on the CPU",
+        )
+    return None
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether an op on ``tensor`` runs its Triton kernel: the device decides, or the environment.
+
+    Raises:
+        BackendUnavailable: when ``ULAE_RT_KERNELS=triton`` cannot be honoured.
+    """
+    choice = env.kernels()
+    if choice == "reference":
+        return False
+    if choice == "triton":
+        check_available(tensor)
+        return True
+    reason = unavailable(tensor.device)
+    if reason and tensor.device.type == "cuda" and reason[0] not in _said:
+        _said.add(reason[0])
+        logger.info("%s: CUDA tensors take the reference operations (%s)", *reason)
+    return reason is None
+
+
+def check_available(tensor: Tensor) -> None:
+    """Refuse, with the reason, a tensor that no Triton kernel can take."""
+    if (reason := unavailable(tensor.device)) is not None:
+        why, hint = reason
+        raise BackendUnavailable(f"the Triton kernels cannot run: {why}", hint)
+
+
+def architecture(tensor: Tensor) -> int:
+    """90 for compute capability 9.0; 0 for Triton's interpreter."""
+    if tensor.device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Contiguous, uninitialised memory on ``like``'s device, which the kernel writes in full.
+
+    The only place that launchers take memory from: the tests fill it with NaN.
+    """
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+
+
+def present(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor, or an empty one: a registered operator cannot return None."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """What a kernel computes in: float64 when an input is, float32 otherwise."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def wide_index(voxels: int) -> bool:
+    """Whether offsets within one volume need 64 bits (between volumes they always have them).
+
+    Half of 2^31, so that an offset and a neighbour's distance can be added without overflow.
+    """
+    return voxels >= 2**30
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """Triton's name of a floating type, for a kernel's ``constexpr``."""
+    import triton.language as tl
+
+    return {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+    }[dtype]
+
+
+def compute_type(*tensors: Tensor) -> Any:
+    """:func:`compute_dtype` as Triton's type."""
+    return triton_type(compute_dtype(*tensors))

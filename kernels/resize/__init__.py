@@ -1,0 +1,1 @@
+"""The op ``resize_displacement``."""

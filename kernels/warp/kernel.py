@@ -1,0 +1,132 @@
+"""Triton kernels of ``warp`` and their launchers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ulae_rt.kernels import _launch
+from ulae_rt.kernels._configs import launch_config
+from ulae_rt.kernels._sampling import (
+    ScatteredSums,
+    cell,
+    corners,
+    displacement,
+    interpolate,
+    nearest_value,
+    scatter,
+    scatter_nearest,
+    slopes,
+    tile_grid,
+    tile_of,
+    volume_size,
+)
+from ulae_rt.kernels.resize.kernel import DisplacementGradient
+
+
+@triton.jit(do_not_specialize=["D", "H", "W"])
+def _warp_forward_kernel(
+    image_ptr, disp_ptr, out_ptr, C, D, H, W,
+    FACTOR: tl.constexpr, BORDER: tl.constexpr, NEAREST: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    b, d, h, w, mask = tile_of(D, H, W, TILE_H, TILE_W, WIDE)
+    u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
+    cells = cell(d, h, w, u, D, H, W, BORDER, ACC, WIDE)
+    voxels = volume_size(D, H, W)
+    at = (d * H + h) * W + w
+    for c in range(C):
+        start = (b * C + c) * voxels
+        if NEAREST:
+            value = nearest_value(image_ptr + start, cells, H, W, mask)
+        else:
+            value = interpolate(corners(image_ptr + start, cells, H, W, mask, ACC), cells)
+        tl.store(out_ptr + start + at, value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["D", "H", "W"])
+def _warp_backward_kernel(
+    grad_ptr, image_ptr, disp_ptr, grad_image_ptr, grad_disp_ptr, scale_ptr, C, D, H, W,
+    FACTOR: tl.constexpr, BORDER: tl.constexpr, NEAREST: tl.constexpr,
+    IMAGE: tl.constexpr, DISP: tl.constexpr, FIXED: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    b, d, h, w, mask = tile_of(D, H, W, TILE_H, TILE_W, WIDE)
+    u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
+    cells = cell(d, h, w, u, D, H, W, BORDER, ACC, WIDE)
+    voxels = volume_size(D, H, W)
+    at = (d * H + h) * W + w
+    scale = tl.load(scale_ptr) if FIXED else 1.0
+    by_d = tl.zeros([TILE_H, TILE_W], ACC)
+    by_h = tl.zeros([TILE_H, TILE_W], ACC)
+    by_w = tl.zeros([TILE_H, TILE_W], ACC)
+    for c in range(C):
+        start = (b * C + c) * voxels
+        grad = tl.load(grad_ptr + start + at, mask=mask, other=0.0).to(ACC)
+        if IMAGE:
+            if NEAREST:
+                scatter_nearest(grad_image_ptr + start, grad, cells, H, W, mask, scale, FIXED)
+            else:
+                scatter(grad_image_ptr + start, grad, cells, H, W, mask, scale, FIXED)
+        if DISP:
+            slope = slopes(corners(image_ptr + start, cells, H, W, mask, ACC), cells)
+            by_d += grad * slope[0]
+            by_h += grad * slope[1]
+            by_w += grad * slope[2]
+    if DISP:
+        start = b * 3 * voxels
+        tl.store(grad_disp_ptr + start + at, by_d, mask=mask)
+        tl.store(grad_disp_ptr + start + voxels + at, by_h, mask=mask)
+        tl.store(grad_disp_ptr + start + 2 * voxels + at, by_w, mask=mask)
+
+
+def launch_forward(image: Tensor, disp: Tensor, *, padding: str, mode: str, factor: int) -> Tensor:
+    """``warp``; (B, C, D, H, W) in ``image``'s type, contiguous."""
+    image, disp = image.contiguous(), disp.contiguous()
+    out = _launch.allocate(image.shape, image.dtype, image)
+    C, D, H, W = image.shape[1:]
+    config = launch_config("warp_forward", W, image.dtype, _launch.architecture(image))
+    with torch.cuda.device_of(image):
+        _warp_forward_kernel[tile_grid(image.shape, config)](
+            image, disp, out, C, D, H, W,
+            FACTOR=factor, BORDER=padding == "border", NEAREST=mode == "nearest",
+            ACC=_launch.compute_type(image, disp), WIDE=_launch.wide_index(D * H * W),
+            TILE_H=config.tile[0], TILE_W=config.tile[1], num_warps=config.warps,
+        )  # fmt: skip
+    return out
+
+
+def launch_backward(
+    grad: Tensor,
+    image: Tensor,
+    disp: Tensor,
+    *,
+    padding: str,
+    mode: str,
+    factor: int,
+    need_image: bool,
+    need_disp: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``warp``, in the types of what they belong to; None where not needed.
+
+    ``nearest`` has none to ``disp``: it is asked for with ``need_disp`` False.
+    """
+    grad, image, disp = grad.contiguous(), image.contiguous(), disp.contiguous()
+    C, D, H, W = image.shape[1:]
+    sums = ScatteredSums(image.shape, grad) if need_image else None
+    by_disp = DisplacementGradient(disp, factor, image) if need_disp else None
+    config = launch_config("warp_backward", W, image.dtype, _launch.architecture(image))
+    with torch.cuda.device_of(image):
+        _warp_backward_kernel[tile_grid(image.shape, config)](
+            grad, image, disp,
+            sums.total if sums else grad, by_disp.full if by_disp else grad,
+            sums.scale if sums else grad, C, D, H, W,
+            FACTOR=factor, BORDER=padding == "border", NEAREST=mode == "nearest",
+            IMAGE=need_image, DISP=need_disp, FIXED=sums is not None and sums.fixed,
+            ACC=_launch.compute_type(image, disp), WIDE=_launch.wide_index(D * H * W),
+            TILE_H=config.tile[0], TILE_W=config.tile[1], num_warps=config.warps,
+        )  # fmt: skip
+    return (
+        sums.gradient(image.dtype) if sums else None,
+        by_disp.gradient() if by_disp else None,
+    )
