@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ulae_rt.kernels import diffusion, multi_window_lncc
@@ -50,8 +51,8 @@ def registration_loss(
     Source: ULAE-net, Eq. 3 to 5.
     """
     means = multi_window_lncc(moved, fixed, windows)
-    weights = means.new_tensor([gamma**i for i in range(len(windows))])
-    similarity = -(weights * means).sum()
+    # Factors that are no tensors: bringing one to the device would make the host wait for it.
+    similarity = -torch.stack([gamma**i * mean for i, mean in enumerate(means)]).sum()
     smooth = diffusion(disp)
     fold = folding_penalty(disp) if folding else smooth.new_zeros(())
     return Loss(similarity + smoothness * smooth + folding * fold, similarity, smooth, fold)

@@ -1,11 +1,14 @@
-"""Train ULAE-net on prepared scans, as a TOML file says."""
+"""Train ULAE-net on prepared scans, as a TOML file says.
+
+On several GPUs: torchrun --nproc-per-node N -m ulae_rt.train CONFIG
+"""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from ulae_rt.cli import Report, run_command
+from ulae_rt.cli import EXIT_INTERRUPTED, Report, run_command
 from ulae_rt.optional import require
 
 
@@ -23,11 +26,20 @@ def run(arguments: argparse.Namespace, report: Report) -> dict[str, Any]:
         require(module, "train")
     from ulae_rt.allocator import keep_freed_memory
     from ulae_rt.training.config import read_config
-    from ulae_rt.training.loop import Trainer
+    from ulae_rt.training.loop import StoppedElsewhere, Trainer
 
     keep_freed_memory()
     trainer = Trainer(read_config(arguments.config), resume=arguments.resume)
-    result = trainer.run(report)
+    try:
+        result = trainer.run(report)
+    except StoppedElsewhere:
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        if trainer.processes.first:
+            raise
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    if not trainer.processes.first:
+        raise SystemExit(0)  # one process speaks for all, under --json too
     report(f"weights: {result['weights']}")
     return result
 

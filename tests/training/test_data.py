@@ -1,19 +1,25 @@
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
+from ulae_rt.conventions import FULL_SHAPE
 from ulae_rt.errors import ConfigError
 from ulae_rt.training import data
 from ulae_rt.training.config import AugmentConfig
 from ulae_rt.training.data import (
+    Batch,
+    Change,
     PairDataset,
-    affine_warp,
-    augment_pair,
+    affine_theta,
+    draw_changes,
     find_scans,
+    load_batches,
     random_affine,
     random_intensity,
+    worker_count,
 )
 from ulae_rt.training.validation import carry_labels, first_pairs, upsample_displacement
 
@@ -22,6 +28,15 @@ from ulae_rt.training.validation import carry_labels, first_pairs, upsample_disp
 def image() -> torch.Tensor:
     torch.manual_seed(0)
     return torch.rand(1, 9, 11, 7)
+
+
+CPU = torch.device("cpu")
+
+
+def affine_warp(image: torch.Tensor, matrix: np.ndarray) -> torch.Tensor:
+    theta = affine_theta(matrix, tuple(image.shape[1:]))
+    assert theta is not None
+    return data.affine_warp(image, theta)
 
 
 def test_affine_warp_shifts_along_the_right_axis(image: torch.Tensor) -> None:
@@ -51,25 +66,97 @@ def test_random_affine_keeps_to_its_ranges() -> None:
     assert np.linalg.det(turn) == pytest.approx(1.0)
 
 
-def test_without_augmentation_a_pair_is_untouched(image: torch.Tensor) -> None:
-    pair = augment_pair(image, image + 1, AugmentConfig(), 1.0, np.random.default_rng(0))
-    assert torch.equal(pair[0], image)
-    assert torch.equal(pair[1], image + 1)
+def test_without_augmentation_an_image_is_untouched(image: torch.Tensor) -> None:
+    changes = draw_changes(AugmentConfig(), 1.0, (9, 11, 7), np.random.default_rng(0))
+    assert changes == (Change(None, None), Change(None, None))
+    assert changes[0](image) is image
+
+
+def test_both_images_of_a_pair_move_alike_and_the_moving_one_a_little_more() -> None:
+    sizes, config = (9, 11, 7), AugmentConfig(rotation_deg=20.0, shift_mm=3.0, scale=(0.8, 1.1))
+    moving, fixed = draw_changes(config, 1.0, sizes, np.random.default_rng(0))
+    assert moving.theta is not None
+    assert fixed.theta is not None
+    assert torch.equal(moving.theta, fixed.theta)
+    config = config.model_copy(update={"residual_deg": 2.0})
+    moving, fixed = draw_changes(config, 1.0, sizes, np.random.default_rng(0))
+    assert moving.theta is not None
+    assert fixed.theta is not None
+    assert 0 < float((moving.theta - fixed.theta).abs().max()) < 0.1
 
 
 def test_intensity_stays_in_range(image: torch.Tensor) -> None:
     random = np.random.default_rng(0)
     for _ in range(20):
-        changed = random_intensity(image, 0.3, random)
+        changed = Change(None, random_intensity(0.3, random))(image)
+        assert not torch.equal(changed, image)
         assert float(changed.min()) >= 0
         assert float(changed.max()) <= 1
         assert torch.equal(changed.argsort(dim=-1), image.argsort(dim=-1))
 
 
+def test_a_batch_is_augmented_image_by_image() -> None:
+    images = torch.rand(4, 1, 8, 9, 10)
+    config = AugmentConfig(flip=0.5, rotation_deg=10.0, intensity=0.2)
+    random = np.random.default_rng(1)
+    changes = [draw_changes(config, 1.0, (8, 9, 10), random) for _ in range(2)]
+    moving, fixed = Batch(images[:2], images[2:], changes, ["a -> b", "c -> d"]).augmented(CPU)
+    for i, (move, fix) in enumerate(changes):
+        assert torch.equal(moving[i], move(images[i]))
+        assert torch.equal(fixed[i], fix(images[2 + i]))
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three prepared scans: one corner's voxel aside, each of one value."""
+    folder = tmp_path_factory.mktemp("prepared")
+    paths = [folder / f"{name}.nii.gz" for name in "abc"]
+    for value, path in enumerate(paths):
+        volume = np.full(FULL_SHAPE, value / 2, np.float32)
+        volume[0, 0, 0] = 0.9
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), path)
+    return paths
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_whoever_reads_them(readable: list[Path], workers: int) -> None:
+    dataset = PairDataset(readable, 12, 0, 4, AugmentConfig(rotation_deg=5.0))
+    indices = [1, 4, 2, 3, 7, 5]
+    batches = list(load_batches(dataset, indices, 2, workers, CPU))
+    assert [name for batch in batches for name in batch.names] == [dataset[k].name for k in indices]
+    assert torch.equal(batches[0].moving[1], dataset[4].moving)
+    expected = dataset[5].changes[0].theta
+    found = batches[2].changes[1][0].theta
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_scan_that_cannot_be_read_keeps_its_hint(tmp_path: Path, workers: int) -> None:
+    paths = [tmp_path / "a.nii", tmp_path / "b.nii"]
+    for path in paths:
+        nib.save(nib.Nifti1Image(np.indices((8, 8, 8), np.float32)[0], np.eye(4)), path)
+    dataset = PairDataset(paths, 2, 0, 1, AugmentConfig())
+    with pytest.raises(ConfigError, match=r"^\S+\.nii: grid \(8, 8, 8\), expected") as caught:
+        next(load_batches(dataset, range(2), 1, workers, CPU))
+    assert caught.value.hint == "run `ulae-rt prepare` on the scans"
+
+
+def test_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    assert worker_count("auto", CPU, 1) == 0
+    assert worker_count(3, CPU, 1) == worker_count(3, gpu, 8) == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for cores, processes, expected in ((64, 1, 8), (16, 4, 3), (16, 16, 3), (2, 1, 1), (2, 4, 1)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert worker_count("auto", gpu, processes) == expected
+
+
 def test_every_ordered_pair_once_an_epoch_and_the_same_for_the_same_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data, "load_scan", lambda path, pool: torch.rand(1, 4, 4, 4))
+    monkeypatch.setattr(data, "load_scan", lambda path, pool: torch.zeros(1, 4, 4, 4))
     scans = [Path(f"{name}.nii.gz") for name in "abcd"]
     dataset = PairDataset(scans, 36, 7, 1, AugmentConfig())
     names = [dataset[k].name for k in range(36)]
@@ -98,8 +185,6 @@ def test_find_scans(tmp_path: Path) -> None:
 
 
 def test_an_unprepared_scan_is_refused(tmp_path: Path) -> None:
-    import nibabel as nib
-
     path = tmp_path / "a.nii.gz"
     volume = np.random.default_rng(0).random((8, 8, 8), dtype=np.float32)
     nib.save(nib.Nifti1Image(volume, np.eye(4)), path)

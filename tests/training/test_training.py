@@ -4,17 +4,16 @@ import csv
 import json
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
 
 from ulae_rt import cli
-from ulae_rt.conventions import FULL_SHAPE
 from ulae_rt.errors import ConfigError
+from ulae_rt.losses import Loss
 from ulae_rt.model import load_model
-from ulae_rt.training import loop
+from ulae_rt.model.checkpoint import read_torch
+from ulae_rt.training import loop, step
 from ulae_rt.training.config import (
     AugmentConfig,
     LossConfig,
@@ -22,23 +21,8 @@ from ulae_rt.training.config import (
     OptimiserConfig,
     read_config,
 )
+from ulae_rt.training.data import Pair, PairDataset, find_scans
 from ulae_rt.training.loop import Trainer, learning_rate
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three smooth blobs, each a shifted copy of the first, on the full grid, with labels."""
-    folder = tmp_path_factory.mktemp("scans")
-    random = np.random.default_rng(0)
-    blob = gaussian_filter(random.random([s // 4 for s in FULL_SHAPE]), 2.0)
-    blob = (blob - blob.min()) / (blob.max() - blob.min())
-    for name, shift in (("a", 0), ("b", 2), ("c", -2)):
-        image = np.pad(np.roll(blob, shift, axis=1)[4:-4, 4:-4, 4:-4], 4)
-        image = np.kron(image, np.ones((4, 4, 4)))
-        labels = np.digitize(image, [0.3, 0.5, 0.7]).astype(np.uint8)
-        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / f"{name}_labels.nii.gz")
-    return folder
 
 
 def write_config(path: Path, scans: Path, steps: int, extra: str = "", lr: float = 1e-3) -> Path:
@@ -83,6 +67,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_model(folder / "run" / loop.WEIGHTS_FILE).state_dict())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(
     scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +94,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert (whole / "run" / "tensorboard").is_dir()
 
 
+@pytest.mark.slow
 def test_training_registers(scans: Path, tmp_path: Path) -> None:
     config = read_config(write_config(tmp_path / "c.toml", scans, 40, lr=5e-3))
     config = config.model_copy(
@@ -122,21 +108,78 @@ def test_training_registers(scans: Path, tmp_path: Path) -> None:
     assert result["val_dice"] > result["val_baseline"] + 0.01
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_pair_and_a_checkpoint(
+def poison(monkeypatch: pytest.MonkeyPatch, *indices: int) -> None:
+    """Training pairs that consist of NaN."""
+    original = PairDataset.__getitem__
+
+    def poisoned(self: PairDataset, index: int) -> Pair:
+        pair = original(self, index)
+        return pair._replace(moving=pair.moving * np.nan) if index in indices else pair
+
+    monkeypatch.setattr(PairDataset, "__getitem__", poisoned)
+
+
+# Of step 4 the host reads the losses at once, for it is logged; of step 3 only after step 4.
+@pytest.mark.parametrize("bad", [3, 4])
+def test_a_loss_that_is_not_finite_stops_with_the_pair_and_the_state_before_it(
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    bad: int,
+) -> None:
+    monkeypatch.setattr(loop, "_LOG_EVERY", 5)
+    clean, broken = tmp_path / "clean", tmp_path / "broken"
+    for folder, steps in ((clean, bad), (broken, 9)):
+        folder.mkdir()
+        text = write_config(folder / "c.toml", scans, steps).read_text()
+        text = text.replace("checkpoint_every = 2", "").replace("validate_every = 4", "")
+        (folder / "c.toml").write_text(text)
+    assert cli.main(["train", str(clean / "c.toml")]) == 0
+    poison(monkeypatch, bad)
+    assert cli.main(["train", str(broken / "c.toml")]) == 1
+
+    config = read_config(broken / "c.toml")
+    name = PairDataset(find_scans(scans), 9, 0, 4, config.augment)[bad].name
+    error = capsys.readouterr().err
+    assert f"error: step {bad}: the loss of {name} is nan\n" in error
+    before, after = (read_torch(folder / "run" / loop.STATE_FILE) for folder in (clean, broken))
+    assert after["step"] == before["step"] == bad
+    for key, value in before["model"].items():
+        assert torch.equal(value, after["model"][key]), key
+    for moments, found in zip(
+        before["optimiser"]["state"].values(), after["optimiser"]["state"].values(), strict=True
+    ):
+        assert all(torch.equal(moments[key], found[key]) for key in ("step", "exp_avg"))
+
+
+def test_every_pair_whose_loss_is_not_finite_is_named(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = loop.registration_loss
-
-    def broken(*args: object, **kwargs: object) -> loop.Loss:
-        loss = original(*args, **kwargs)  # type: ignore[arg-type]
-        return loss._replace(total=loss.total * float("nan"))
-
-    monkeypatch.setattr(loop, "registration_loss", broken)
-    assert cli.main(["train", str(write_config(tmp_path / "c.toml", scans, 4))]) == 1
+    poison(monkeypatch, 0, 2)
+    config = write_config(tmp_path / "c.toml", scans, 4, "batch = 4\n[run]\nmicro_batch = 2")
+    assert cli.main(["train", str(config)]) == 1
+    dataset = PairDataset(find_scans(scans), 4, 0, 4, AugmentConfig())
     error = capsys.readouterr().err
-    assert "the loss of " in error
-    assert " -> " in error
-    assert (tmp_path / "run" / loop.STATE_FILE).is_file()
+    assert [dataset[k].name for k in range(4) if f"{dataset[k].name} is nan" in error] == [
+        dataset[0].name,
+        dataset[2].name,
+    ]
+
+
+def test_a_gradient_that_is_not_finite_stops_too(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = step.registration_loss
+
+    def kinked(moved: torch.Tensor, *args: object, **kwargs: object) -> Loss:
+        loss = original(moved, *args, **kwargs)  # type: ignore[arg-type]
+        return loss._replace(total=loss.total + (0 * moved.sum()).sqrt())
+
+    monkeypatch.setattr(step, "registration_loss", kinked)
+    assert cli.main(["train", str(write_config(tmp_path / "c.toml", scans, 4))]) == 1
+    assert "error: step 0: the gradient of " in capsys.readouterr().err
+    load_model(tmp_path / "run" / loop.WEIGHTS_FILE)  # would refuse NaN
 
 
 def test_an_earlier_run_is_not_overwritten(
@@ -176,6 +219,8 @@ def test_learning_rate() -> None:
         ("[data]\ntrain='x'", "output: Field required"),
         ("[data]\ntrain='x'\ntrian='y'\n[output]\nfolder='r'", r"data.trian: Extra inputs"),
         ("[data]\ntrain='x'\n[output]\nfolder='r'\n[loss]\nwindows=[4]", "loss.windows: .*odd"),
+        ("[data]\ntrain='x'\nworkers=-1\n[output]\nfolder='r'", "data.workers"),
+        ("[data]\ntrain='x'\n[output]\nfolder='r'\n[run]\ndevice='gpu'", "run.device: .*'gpu'"),
         ("[data]\ntrain='x'\npool=3\n[output]\nfolder='r'", "data.pool: "),
         ("[data]\ntrain='x'\n[output]\nfolder='r'\n[optimiser]\nlr=-1.0", "optimiser.lr: "),
     ],

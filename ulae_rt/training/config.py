@@ -25,7 +25,9 @@ class DataConfig(_Section):
         val: the same for validation, with ``ID_labels.nii.gz`` beside each scan; none: no Dice.
         val_pairs: how many ordered pairs of it are looked at.
         pool: edge of the blocks that are averaged; 2 trains 1 mm scans at 2 mm.
-        workers: processes that load and augment; 0: the training process itself.
+        workers: processes that read scans ahead, for each training process; 0: none, that process
+            reads itself; "auto": none on a CPU, as many as are likely to keep up with a GPU. Each
+            keeps the last 32 scans it read (at 1 mm 20 MB a scan).
         description, licence: written into every checkpoint.
     """
 
@@ -33,7 +35,7 @@ class DataConfig(_Section):
     val: Path | None = None
     val_pairs: Annotated[int, Field(ge=1)] = 5
     pool: Literal[1, 2, 4] = 1
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     description: str = ""
     licence: str = ""
 
@@ -95,17 +97,45 @@ class OptimiserConfig(_Section):
     """Adam.
 
     Attributes:
+        steps: updates of the weights.
+        batch: pairs in each of them, over all processes; the gradient is the mean over the pairs.
         lr: learning rate; lr_final: where a half cosine brings it by the last step; none: constant.
         warmup: first steps over which it rises linearly from 0.
         precision: type of the features.
     """
 
     steps: Annotated[int, Field(ge=1)] = 160_000
+    batch: Annotated[int, Field(ge=1)] = 1
     lr: Positive = 1e-4
     lr_final: Positive | None = None
     warmup: Annotated[int, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
+
+
+class RunConfig(_Section):
+    """How a run uses the machine.
+
+    What is learned does not depend on it, rounding apart: all of it may change on ``--resume``, as
+    may the number of processes.
+
+    Attributes:
+        device: ``auto`` (the first GPU, or the CPU where there is none), ``cpu``, ``cuda`` or
+            ``cuda:N``. Under torchrun each process takes the GPU of its own local rank.
+        micro_batch: pairs that go through the network at once. ``optimiser.batch`` is shared out
+            evenly over the processes, and each adds up the gradients of its micro-batches.
+        compile: run the network through torch.compile; needs a C++ compiler on a CPU.
+        cuda_graph: record a micro-batch's kernels once and replay them, which saves the time of
+            launching them one by one; CUDA only.
+        activation_checkpointing: compute features again in the backward pass in place of keeping
+            them. ``auto``: from when a GPU's memory does not suffice; ``on``; ``off``.
+    """
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    micro_batch: Annotated[int, Field(ge=1)] = 1
+    compile: bool = False
+    cuda_graph: bool = False
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
 
 
 class OutputConfig(_Section):
@@ -125,6 +155,7 @@ class TrainConfig(_Section):
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
+    run: RunConfig = RunConfig()
 
 
 def read_config(path: Path) -> TrainConfig:

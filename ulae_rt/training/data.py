@@ -1,33 +1,82 @@
-"""Pairs of prepared scans, loaded and augmented on the fly, the same for the same seed and step."""
+"""Pairs of prepared scans, read and augmented on the fly, the same for the same seed and index."""
 
 import math
+import os
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ulae_rt.conventions import FULL_SHAPE
-from ulae_rt.errors import ConfigError
+from ulae_rt.errors import ConfigError, UlaeError
 from ulae_rt.imaging.nifti import read_volume
 from ulae_rt.training.config import AugmentConfig
 
-# 15 scans at 1 mm are 0.3 GB; larger sets are read again and again, as they should be.
+# In each process that reads: 0.6 GB at 1 mm. Larger sets are read again and again.
 _CACHED_SCANS = 32
 _LABEL_SUFFIX = "_labels"
+# What unpacking two scans at 1 mm takes (half a second on one core) against a GPU's step.
+_MOST_WORKERS = 8
+
+
+class Change(NamedTuple):
+    """What augmentation does to one image: drawn where it is read, done where it is used.
+
+    A volume at 1 mm takes a CPU core half a second to resample, and a GPU a millisecond or so.
+
+    Attributes:
+        theta: (1, 3, 4), for :func:`affine_warp`; None: no resampling.
+        intensity: (gain, gamma): intensities become ``gain * image ** gamma``; None: untouched.
+    """
+
+    theta: Tensor | None
+    intensity: tuple[float, float] | None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(1, D, H, W) to the same shape, on its device."""
+        if self.theta is not None:
+            image = affine_warp(image, self.theta.to(image.device, non_blocking=True))
+        if self.intensity is not None:
+            gain, gamma = self.intensity
+            image = gain * image**gamma
+        return image
 
 
 class Pair(NamedTuple):
-    """One training example: (1, D, H, W) float32 in [0, 1] each, and whose they are."""
+    """One training example: (1, D, H, W) float32 in [0, 1] each as prepared, and what to change."""
 
     moving: Tensor
     fixed: Tensor
+    changes: tuple[Change, Change]
     name: str
+
+
+class Batch(NamedTuple):
+    """Some pairs: (B, 1, D, H, W) each, and their changes and names."""
+
+    moving: Tensor
+    fixed: Tensor
+    changes: list[tuple[Change, Change]]
+    names: list[str]
+
+    def augmented(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Moving and fixed images on ``device``, changed."""
+        # From pinned memory the copy is queued like any kernel. It stands in the way of the
+        # network's kernels for two or three milliseconds a pair at 1 mm, which is not worth a
+        # second stream and its synchronisation.
+        images = [x.to(device, non_blocking=True) for x in (self.moving, self.fixed)]
+        moving, fixed = (
+            torch.stack([change(x) for x, change in zip(image, changes, strict=True)])
+            for image, changes in zip(images, zip(*self.changes, strict=True), strict=True)
+        )
+        return moving, fixed
 
 
 def find_scans(source: Path) -> list[Path]:
@@ -98,59 +147,109 @@ def _check_prepared(path: Path, shape: tuple[int, ...]) -> None:
 
 
 class PairDataset(Dataset[Pair]):
-    """Item k is the pair of training step k: a function of (scans, seed, k) and nothing else.
+    """Item k is the k-th pair of training: a function of (scans, seed, k) and nothing else.
 
     All ordered pairs of different scans come once an epoch, in an order of that epoch's own. So a
-    run that is resumed at step k sees what the uninterrupted one would have seen.
+    run that is resumed sees what the uninterrupted one would have seen, on any number of processes.
     """
 
     def __init__(
-        self, scans: list[Path], steps: int, seed: int, pool: int, augment: AugmentConfig
+        self, scans: list[Path], length: int, seed: int, pool: int, augment: AugmentConfig
     ) -> None:
         self.scans = scans
-        self.steps = steps
+        self.length = length
         self.seed = seed
         self.pool = pool
         self.augment = augment
         self.pairs = [(m, f) for m in range(len(scans)) for f in range(len(scans)) if m != f]
 
     def __len__(self) -> int:
-        return self.steps
+        return self.length
 
-    def __getitem__(self, step: int) -> Pair:
-        epoch, position = divmod(step, len(self.pairs))
+    def __getitem__(self, index: int) -> Pair:
+        epoch, position = divmod(index, len(self.pairs))
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.pairs))
-        moving, fixed = (self.scans[i] for i in self.pairs[order[position]])
-        random = np.random.default_rng((self.seed, 1, step))
-        images = augment_pair(
-            load_scan(moving, self.pool),
-            load_scan(fixed, self.pool),
-            self.augment,
-            self.pool,
-            random,
-        )
-        return Pair(*images, name=f"{scan_name(moving)} -> {scan_name(fixed)}")
+        names = [self.scans[i] for i in self.pairs[order[position]]]
+        moving, fixed = (load_scan(name, self.pool) for name in names)
+        random = np.random.default_rng((self.seed, 1, index))
+        changes = draw_changes(self.augment, self.pool, tuple(moving.shape[1:]), random)
+        return Pair(moving, fixed, changes, " -> ".join(scan_name(name) for name in names))
 
 
-def augment_pair(
-    moving: Tensor,
-    fixed: Tensor,
+class _ErrorsAsItems(Dataset[Pair | UlaeError]):
+    """Hands errors over as items: raised in a worker they would lose their hint."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Pair | UlaeError:
+        try:
+            return self.dataset[index]
+        except UlaeError as error:
+            return error
+
+
+def _collate(items: list[Pair | UlaeError]) -> Batch | UlaeError:
+    for item in items:
+        if isinstance(item, UlaeError):
+            return item
+    pairs = [item for item in items if isinstance(item, Pair)]
+    # Not torch.stack: in a worker this fills the memory that it shares with the training process.
+    moving, fixed = (default_collate([pair[i] for pair in pairs]) for i in (0, 1))
+    return Batch(moving, fixed, [pair.changes for pair in pairs], [pair.name for pair in pairs])
+
+
+def load_batches(
+    dataset: PairDataset, indices: Sequence[int], size: int, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """The pairs of ``indices`` in their order, ``size`` at a time, read ahead by ``workers``.
+
+    Raises:
+        UlaeError: what reading a scan raised.
+    """
+    loader = DataLoader(
+        _ErrorsAsItems(dataset),
+        batch_size=size,
+        sampler=indices,
+        collate_fn=_collate,
+        num_workers=workers,
+        # A fork would copy the state of torch's, CUDA's and NCCL's threads without the threads.
+        multiprocessing_context="forkserver" if workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    for item in loader:
+        if isinstance(item, UlaeError):
+            raise item
+        yield item
+
+
+def worker_count(setting: int | Literal["auto"], device: torch.device, processes: int) -> int:
+    """How many processes read ahead for each of ``processes`` training processes."""
+    if setting != "auto":
+        return setting
+    if device.type == "cpu":  # the network wants every core
+        return 0
+    sharing = min(processes, torch.cuda.device_count())
+    return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // sharing - 1))
+
+
+def draw_changes(
     config: AugmentConfig,
     voxel_mm: float,
+    sizes: tuple[int, ...],
     random: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Random changes of a pair of (1, D, H, W) images; see :class:`AugmentConfig`."""
+) -> tuple[Change, Change]:
+    """Random changes of a moving and a fixed image of (D, H, W); see :class:`AugmentConfig`."""
     common = random_affine(config.rotation_deg, config.scale, config.shift_mm / voxel_mm, random)
     spread = (1 - config.residual_scale, 1 + config.residual_scale)
     own = random_affine(config.residual_deg, spread, config.residual_mm / voxel_mm, random)
     if random.random() < config.flip:
         common = common @ np.diag([-1.0, 1.0, 1.0, 1.0])
-    moving = affine_warp(moving, own @ common)
-    fixed = affine_warp(fixed, common)
-    return (
-        random_intensity(moving, config.intensity, random),
-        random_intensity(fixed, config.intensity, random),
+    moving, fixed = (
+        Change(affine_theta(matrix, sizes), random_intensity(config.intensity, random))
+        for matrix in (own @ common, common)
     )
+    return moving, fixed
 
 
 def random_affine(
@@ -176,23 +275,26 @@ def random_affine(
     return matrix
 
 
-def affine_warp(image: Tensor, matrix: NDArray[np.float64]) -> Tensor:
-    """Sample (1, D, H, W) at ``matrix @ p``, voxels about the centre; trilinear, zero outside."""
+def affine_theta(matrix: NDArray[np.float64], sizes: tuple[int, ...]) -> Tensor | None:
+    """(1, 3, 4) form of a 4x4 pull-back in voxels about the centre of (D, H, W); identity: None."""
     if np.array_equal(matrix, np.eye(4)):
-        return image
-    sizes = np.array(image.shape[1:], dtype=np.float64)
+        return None
+    extent = np.array(sizes, dtype=np.float64)
     # affine_grid works in half-extents, and lists the last axis first.
-    theta = matrix[:3] * np.append(sizes, 1.0) / sizes[:, None]
+    theta = matrix[:3] * np.append(extent, 1.0) / extent[:, None]
     theta[:, 3] *= 2
     theta = theta[::-1][:, [2, 1, 0, 3]].copy()
-    grid = F.affine_grid(
-        torch.from_numpy(theta).float()[None], [1, *image.shape], align_corners=False
-    )
+    return torch.from_numpy(theta).float()[None]
+
+
+def affine_warp(image: Tensor, theta: Tensor) -> Tensor:
+    """Sample (1, D, H, W) where ``theta`` points; trilinear, zero outside."""
+    grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)
     return F.grid_sample(image[None], grid, align_corners=False)[0]
 
 
-def random_intensity(image: Tensor, amount: float, random: np.random.Generator) -> Tensor:
-    """``gain * image ** gamma``; the gain only darkens, so that the range stays [0, 1]."""
+def random_intensity(amount: float, random: np.random.Generator) -> tuple[float, float] | None:
+    """Gain and gamma; the gain only darkens, so that the range stays [0, 1]. None: no change."""
     gain = 1 - amount * random.random()
     gamma = math.exp(random.uniform(-1, 1) * math.log1p(amount))
-    return gain * image**gamma if amount else image
+    return (gain, gamma) if amount else None

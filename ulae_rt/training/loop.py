@@ -1,15 +1,15 @@
 """The training loop: Adam on ordered pairs, checkpoints it can go on from exactly."""
 
 import csv
-import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -17,14 +17,14 @@ from ulae_rt import __version__
 from ulae_rt.conventions import FULL_SHAPE, FULL_SPACING_MM
 from ulae_rt.errors import CheckpointError, TrainingError
 from ulae_rt.imaging.grid import NORMALISATION
-from ulae_rt.losses import Loss, registration_loss
+from ulae_rt.losses import Loss
 from ulae_rt.model import Metadata, UlaeNet, save_checkpoint
 from ulae_rt.model.checkpoint import METADATA_KEY, MODEL_KEY, PRECISIONS, read_torch
 from ulae_rt.training.config import OptimiserConfig, TrainConfig
-from ulae_rt.training.data import Pair, PairDataset, find_scans
+from ulae_rt.training.data import Batch, PairDataset, find_scans, load_batches, worker_count
+from ulae_rt.training.processes import Processes
+from ulae_rt.training.step import Outcome, Step
 from ulae_rt.training.validation import Validation, first_pairs, validate
-
-logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 WEIGHTS_FILE = "last.safetensors"
@@ -46,15 +46,20 @@ def learning_rate(config: OptimiserConfig, step: int) -> float:
     return config.lr_final + (config.lr - config.lr_final) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class StoppedElsewhere(Exception):
+    """The run has ended in all its processes, and the first one says why."""
+
+
 class Trainer:
-    """One run of a configuration on one device.
+    """One run of a configuration, on one device or on one of several that torchrun has started.
 
     Args:
         config: what to train, on what, how.
         resume: go on from the folder's checkpoint in place of starting anew.
 
     Raises:
-        ConfigError: when the scans are not there.
+        BackendUnavailable: for a GPU that is not there.
+        ConfigError: when the scans are not there, or the run does not fit the machine.
         CheckpointError: when there is nothing to resume, it is damaged or of another configuration.
         TrainingError: when a new run would overwrite an earlier one.
     """
@@ -62,18 +67,18 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, resume: bool) -> None:
         self.config = config
         self.folder = config.output.folder
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.scans = find_scans(config.data.train)
         self.val_pairs = (
             first_pairs(find_scans(config.data.val), config.data.val_pairs)
             if config.data.val
             else []
         )
+        self.processes = Processes(config.run.device)
         torch.manual_seed(config.optimiser.seed)
-        self.model = UlaeNet(**config.model.model_dump()).to(self.device)
+        self.model = UlaeNet(**config.model.model_dump()).to(self.processes.device)
         self.model.feature_dtype = PRECISIONS[config.optimiser.precision]
         self.model.metadata = self._metadata()
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.optimiser.lr)
+        self.take_step = Step(self.model, config, self.processes)
         self.step = 0
         if resume:
             self._resume()
@@ -86,91 +91,134 @@ class Trainer:
     def run(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Train to the last step; returns the last losses and validation.
 
+        Only the first process of several reports, validates and writes.
+
         Raises:
-            TrainingError: when a loss is NaN or Inf; the checkpoint before it is kept.
+            TrainingError: when a loss or a gradient is NaN or Inf; the state before that step is
+                kept.
+            StoppedElsewhere: the same, in every process but the first, which says why.
         """
-        settings = self.config.optimiser
-        dataset = PairDataset(
-            self.scans, settings.steps, settings.seed, self.config.data.pool, self.config.augment
-        )
-        loader = DataLoader(
-            dataset,
-            batch_size=1,
-            sampler=range(self.step, settings.steps),
-            num_workers=self.config.data.workers,
-        )
-        report(
-            f"{len(self.scans)} scans, {len(dataset.pairs)} ordered pairs, "
-            f"step {self.step} to {settings.steps} on {self.device}"
-        )
+        settings, output = self.config.optimiser, self.config.output
+        first = self.processes.first
+        steps = self._steps()
+        if first:
+            report(self._announcement())
         bar = tqdm(
-            total=settings.steps, initial=self.step, unit="step", disable=None, smoothing=0.05
+            total=settings.steps,
+            initial=self.step,
+            unit="step",
+            disable=None if first else True,
+            smoothing=0.05,
         )
         result: dict[str, Any] = {"step": self.step}
-        with _Log(self.folder, self.step) as log, bar:
+        with _Log(self.folder, self.step) if first else nullcontext() as log, bar:
             self.model.train()
-            for pair in loader:
-                started = time.perf_counter()
-                loss = self._train_step(pair)
-                seconds = time.perf_counter() - started
+            unconfirmed: Outcome | None = None
+            logged, since = self.step, time.perf_counter()
+            for batches in steps:
+                rate = learning_rate(settings, self.step)
+                outcome = self.take_step(self.step, batches, rate)
+                # This step is on its way before the host waits for the one before it.
+                if unconfirmed:
+                    self._confirm(unconfirmed)
+                unconfirmed = outcome
                 self.step += 1
                 bar.update()
                 last = self.step == settings.steps
+                validates = bool(self.val_pairs) and (
+                    last or self.step % output.validate_every == 0
+                )
+                saves = last or self.step % output.checkpoint_every == 0
+                if not (validates or saves or self.step % _LOG_EVERY == 0):
+                    continue
+                losses = self._confirm(outcome)
+                unconfirmed = None
+                if log is None:
+                    continue
+                seconds = (time.perf_counter() - since) / (self.step - logged)
                 validation = None
-                if self.val_pairs and (last or self.step % self.config.output.validate_every == 0):
+                if validates:
                     validation = validate(
-                        self.model, self.val_pairs, self.config.data.pool, self.device
+                        self.model, self.val_pairs, self.config.data.pool, self.processes.device
                     )
-                if validation or last or self.step % _LOG_EVERY == 0:
-                    result = self._row(loss, validation, seconds)
-                    log.write(result)
-                    bar.set_postfix(loss=f"{result['loss']:.4f}")
-                if validation:
                     report(
                         f"step {self.step}: Dice {validation.dice:.4f} "
                         f"(no displacement {validation.baseline:.4f}), "
                         f"{validation.folding_percent:.2f} % of the brain folded"
                     )
-                if last or self.step % self.config.output.checkpoint_every == 0:
+                if validates or last or self.step % _LOG_EVERY == 0:
+                    result = self._row(losses, validation, rate, seconds)
+                    log.write(result)
+                    bar.set_postfix(loss=f"{result['loss']:.4f}")
+                if saves:
                     self.save()
+                logged, since = self.step, time.perf_counter()
+        self.processes.leave()
         return {**result, "weights": str(self.folder / WEIGHTS_FILE)}
 
-    def _train_step(self, pair: Pair) -> Loss:
-        settings = self.config.loss
-        rate = learning_rate(self.config.optimiser, self.step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        moving, fixed = pair.moving.to(self.device), pair.fixed.to(self.device)
-        out = self.model(moving, fixed)
-        loss = registration_loss(
-            out.progressive[-1] if settings.progressive else out.moved,
-            fixed,
-            out.disp,
-            windows=settings.windows,
-            gamma=settings.gamma,
-            smoothness=settings.smoothness,
-            folding=settings.folding,
+    def _announcement(self) -> str:
+        size = self.processes.size
+        return (
+            f"{len(self.scans)} scans, {len(self.scans) * (len(self.scans) - 1)} ordered pairs, "
+            f"step {self.step} to {self.config.optimiser.steps} on "
+            f"{self.processes.device}{f' and {size - 1} more' if size > 1 else ''}"
         )
-        if not torch.isfinite(loss.total):
-            self.save()
-            raise TrainingError(
-                f"step {self.step}: the loss of {pair.name[0]} is {float(loss.total.detach())}",
-                f"look at these scans, or lower optimiser.lr; the state before this step is in "
-                f"{self.folder / STATE_FILE}",
-            )
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()
-        self.optimiser.step()
-        return Loss(*(part.detach() for part in loss))
 
-    def _row(self, loss: Loss, validation: Validation | None, seconds: float) -> dict[str, Any]:
+    def _steps(self) -> Iterator[list[Batch]]:
+        """This process's micro-batches of every step that is left."""
+        config, processes = self.config, self.processes
+        batch = config.optimiser.batch
+        share = batch // processes.size
+        length = config.optimiser.steps * batch
+        dataset = PairDataset(
+            self.scans, length, config.optimiser.seed, config.data.pool, config.augment
+        )
+        start = processes.rank * share
+        batches = load_batches(
+            dataset,
+            [
+                step + position
+                for step in range(self.step * batch, length, batch)
+                for position in range(start, start + share)
+            ],
+            config.run.micro_batch,
+            worker_count(config.data.workers, processes.device, processes.size),
+            processes.device,
+        )
+        while own := list(islice(batches, share // config.run.micro_batch)):
+            yield own
+
+    def _confirm(self, outcome: Outcome) -> Loss:
+        """The losses of a step, or the end of the run when it was not applied."""
+        losses = outcome.losses()
+        if losses is not None:
+            return losses
+        # All processes see the same sums, so that all of them get here.
+        reasons = self.processes.collect(self.take_step.not_finite(outcome.batches))
+        names = self.processes.collect([name for b in outcome.batches for name in b.names])
+        self.step = outcome.step
+        if self.processes.first:
+            self.save()
+        self.processes.leave()
+        if not self.processes.first:
+            raise StoppedElsewhere
+        what = "; ".join(reasons) or f"the gradient of {', '.join(names)} is not finite"
+        raise TrainingError(
+            f"step {self.step}: {what}",
+            f"look at these scans, or lower optimiser.lr; the state before this step is in "
+            f"{self.folder / STATE_FILE}",
+        )
+
+    def _row(
+        self, loss: Loss, validation: Validation | None, rate: float, seconds: float
+    ) -> dict[str, Any]:
         row: dict[str, Any] = {
             "step": self.step,
             "loss": float(loss.total),
             "similarity": float(loss.similarity),
             "smoothness": float(loss.smoothness),
             "folding": float(loss.folding),
-            "lr": self.optimiser.param_groups[0]["lr"],
+            "lr": rate,
             "seconds": seconds,
         }
         if validation:
@@ -191,7 +239,7 @@ class Trainer:
                     "step": self.step,
                     METADATA_KEY: self._metadata().to_json(),
                     MODEL_KEY: self.model.state_dict(),
-                    "optimiser": self.optimiser.state_dict(),
+                    "optimiser": self.take_step.optimiser.state_dict(),
                     "random": torch.get_rng_state(),
                 },
                 part,
@@ -208,14 +256,17 @@ class Trainer:
         state = read_torch(path)
         self._check_same_run(state["config"], path)
         self.model.load_state_dict(state[MODEL_KEY])
-        self.optimiser.load_state_dict(state["optimiser"])
+        # Its settings are the configuration's and the device's, not the file's.
+        optimiser = self.take_step.optimiser
+        moments = state["optimiser"]["state"]
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
         torch.set_rng_state(state["random"])
         self.step = state["step"]
 
     def _check_same_run(self, text: str, path: Path) -> None:
         before, now = TrainConfig.model_validate_json(text), self.config
-        # Where files are and how often they are written may change between the two; what is
-        # learned may not. More steps are allowed: that is what going on means.
+        # Where files are, how often they are written and what runs how may change between the
+        # two; what is learned may not. More steps are allowed: that is what going on means.
         for section in ("model", "loss", "augment"):
             if getattr(before, section) != getattr(now, section):
                 raise CheckpointError(
