@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 
 import nibabel as nib
@@ -120,8 +121,8 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_in_order_whoever_reads_them(readable: list[Path], workers: int) -> None:
-    dataset = PairDataset(readable, 12, 0, 4, AugmentConfig(rotation_deg=5.0))
-    indices = [1, 4, 2, 3, 7, 5]
+    dataset = PairDataset(readable, 0, 4, AugmentConfig(rotation_deg=5.0))
+    indices = [1, 4, 2, 3, 7, 5, 8, 0, 9, 6, 11, 10]
     batches = list(load_batches(dataset, indices, 2, workers, CPU))
     assert [name for batch in batches for name in batch.names] == [dataset[k].name for k in indices]
     assert torch.equal(batches[0].moving[1], dataset[4].moving)
@@ -137,10 +138,19 @@ def test_a_scan_that_cannot_be_read_keeps_its_hint(tmp_path: Path, workers: int)
     paths = [tmp_path / "a.nii", tmp_path / "b.nii"]
     for path in paths:
         nib.save(nib.Nifti1Image(np.indices((8, 8, 8), np.float32)[0], np.eye(4)), path)
-    dataset = PairDataset(paths, 2, 0, 1, AugmentConfig())
+    dataset = PairDataset(paths, 0, 1, AugmentConfig())
     with pytest.raises(ConfigError, match=r"^\S+\.nii: grid \(8, 8, 8\), expected") as caught:
         next(load_batches(dataset, range(2), 1, workers, CPU))
     assert caught.value.hint == "run `ulae-rt prepare` on the scans"
+
+
+def test_readers_stop_when_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load_scan", lambda path, pool: torch.zeros(1, 4, 4, 4))
+    dataset = PairDataset([Path("a"), Path("b")], 0, 1, AugmentConfig())
+    batches = load_batches(dataset, range(10**9), 1, 2, CPU)
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
 
 
 def test_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +168,13 @@ def test_every_ordered_pair_once_an_epoch_and_the_same_for_the_same_step(
 ) -> None:
     monkeypatch.setattr(data, "load_scan", lambda path, pool: torch.zeros(1, 4, 4, 4))
     scans = [Path(f"{name}.nii.gz") for name in "abcd"]
-    dataset = PairDataset(scans, 36, 7, 1, AugmentConfig())
+    dataset = PairDataset(scans, 7, 1, AugmentConfig())
     names = [dataset[k].name for k in range(36)]
     for epoch in range(3):
         assert len(set(names[12 * epoch : 12 * (epoch + 1)])) == 12
     assert names[:12] != names[12:24]
     assert [dataset[k].name for k in (35, 3)] == [names[35], names[3]]
-    assert [PairDataset(scans, 36, 8, 1, AugmentConfig())[k].name for k in range(36)] != names
+    assert [PairDataset(scans, 8, 1, AugmentConfig())[k].name for k in range(36)] != names
 
 
 def test_find_scans(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_pair_and_the_state_before_it(
     assert cli.main(["train", str(broken / "c.toml")]) == 1
 
     config = read_config(broken / "c.toml")
-    name = PairDataset(find_scans(scans), 9, 0, 4, config.augment)[bad].name
+    name = PairDataset(find_scans(scans), 0, 4, config.augment)[bad].name
     error = capsys.readouterr().err
     assert f"error: step {bad}: the loss of {name} is nan\n" in error
     before, after = (read_torch(folder / "run" / loop.STATE_FILE) for folder in (clean, broken))
@@ -159,7 +159,7 @@ def test_every_pair_whose_loss_is_not_finite_is_named(
     poison(monkeypatch, 0, 2)
     config = write_config(tmp_path / "c.toml", scans, 4, "batch = 4\n[run]\nmicro_batch = 2")
     assert cli.main(["train", str(config)]) == 1
-    dataset = PairDataset(find_scans(scans), 4, 0, 4, AugmentConfig())
+    dataset = PairDataset(find_scans(scans), 0, 4, AugmentConfig())
     error = capsys.readouterr().err
     assert [dataset[k].name for k in range(4) if f"{dataset[k].name} is nan" in error] == [
         dataset[0].name,

@@ -25,9 +25,8 @@ class DataConfig(_Section):
         val: the same for validation, with ``ID_labels.nii.gz`` beside each scan; none: no Dice.
         val_pairs: how many ordered pairs of it are looked at.
         pool: edge of the blocks that are averaged; 2 trains 1 mm scans at 2 mm.
-        workers: processes that read scans ahead, for each training process; 0: none, that process
-            reads itself; "auto": none on a CPU, as many as are likely to keep up with a GPU. Each
-            keeps the last 32 scans it read (at 1 mm 20 MB a scan).
+        workers: threads that read scans ahead, in each training process; 0: each step reads its
+            own; ``auto``: 0 on a CPU, up to 8 for a GPU.
         description, licence: written into every checkpoint.
     """
 

@@ -2,8 +2,11 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,14 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ulae_rt.conventions import FULL_SHAPE
-from ulae_rt.errors import ConfigError, UlaeError
+from ulae_rt.errors import ConfigError
 from ulae_rt.imaging.nifti import read_volume
 from ulae_rt.training.config import AugmentConfig
 
-# In each process that reads: 0.6 GB at 1 mm. Larger sets are read again and again.
+# 0.6 GB at 1 mm. Larger sets are read again and again.
 _CACHED_SCANS = 32
 _LABEL_SUFFIX = "_labels"
 # What unpacking two scans at 1 mm takes (half a second on one core) against a GPU's step.
@@ -38,6 +40,10 @@ class Change(NamedTuple):
 
     theta: Tensor | None
     intensity: tuple[float, float] | None
+
+    def pinned(self) -> "Change":
+        """The same in page-locked memory."""
+        return self._replace(theta=None if self.theta is None else self.theta.pin_memory())
 
     def __call__(self, image: Tensor) -> Tensor:
         """(1, D, H, W) to the same shape, on its device."""
@@ -65,6 +71,11 @@ class Batch(NamedTuple):
     fixed: Tensor
     changes: list[tuple[Change, Change]]
     names: list[str]
+
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory, from where a GPU fetches it by itself."""
+        changes = [(moving.pinned(), fixed.pinned()) for moving, fixed in self.changes]
+        return Batch(self.moving.pin_memory(), self.fixed.pin_memory(), changes, self.names)
 
     def augmented(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Moving and fixed images on ``device``, changed."""
@@ -146,25 +157,19 @@ def _check_prepared(path: Path, shape: tuple[int, ...]) -> None:
         )
 
 
-class PairDataset(Dataset[Pair]):
+class PairDataset:
     """Item k is the k-th pair of training: a function of (scans, seed, k) and nothing else.
 
     All ordered pairs of different scans come once an epoch, in an order of that epoch's own. So a
     run that is resumed sees what the uninterrupted one would have seen, on any number of processes.
     """
 
-    def __init__(
-        self, scans: list[Path], length: int, seed: int, pool: int, augment: AugmentConfig
-    ) -> None:
+    def __init__(self, scans: list[Path], seed: int, pool: int, augment: AugmentConfig) -> None:
         self.scans = scans
-        self.length = length
         self.seed = seed
         self.pool = pool
         self.augment = augment
         self.pairs = [(m, f) for m in range(len(scans)) for f in range(len(scans)) if m != f]
-
-    def __len__(self) -> int:
-        return self.length
 
     def __getitem__(self, index: int) -> Pair:
         epoch, position = divmod(index, len(self.pairs))
@@ -176,55 +181,53 @@ class PairDataset(Dataset[Pair]):
         return Pair(moving, fixed, changes, " -> ".join(scan_name(name) for name in names))
 
 
-class _ErrorsAsItems(Dataset[Pair | UlaeError]):
-    """Hands errors over as items: raised in a worker they would lose their hint."""
-
-    def __init__(self, dataset: PairDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> Pair | UlaeError:
-        try:
-            return self.dataset[index]
-        except UlaeError as error:
-            return error
-
-
-def _collate(items: list[Pair | UlaeError]) -> Batch | UlaeError:
-    for item in items:
-        if isinstance(item, UlaeError):
-            return item
-    pairs = [item for item in items if isinstance(item, Pair)]
-    # Not torch.stack: in a worker this fills the memory that it shares with the training process.
-    moving, fixed = (default_collate([pair[i] for pair in pairs]) for i in (0, 1))
-    return Batch(moving, fixed, [pair.changes for pair in pairs], [pair.name for pair in pairs])
-
-
 def load_batches(
-    dataset: PairDataset, indices: Sequence[int], size: int, workers: int, device: torch.device
+    dataset: PairDataset,
+    indices: Iterable[int],
+    size: int,
+    workers: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
-    """The pairs of ``indices`` in their order, ``size`` at a time, read ahead by ``workers``.
+    """The pairs of ``indices`` in their order, ``size`` at a time, in memory fit for ``device``.
+
+    ``workers`` threads read ahead. Reading is unpacking and copying, which leave the interpreter
+    to others; processes would each keep scans of their own and hand them over through shared
+    memory, of which containers have little.
 
     Raises:
         UlaeError: what reading a scan raised.
     """
-    loader = DataLoader(
-        _ErrorsAsItems(dataset),
-        batch_size=size,
-        sampler=indices,
-        collate_fn=_collate,
-        num_workers=workers,
-        # A fork would copy the state of torch's, CUDA's and NCCL's threads without the threads.
-        multiprocessing_context="forkserver" if workers else None,
-        pin_memory=device.type == "cuda",
-    )
-    for item in loader:
-        if isinstance(item, UlaeError):
-            raise item
-        yield item
+    indices = iter(indices)
+    groups = iter(lambda: list(islice(indices, size)), [])
+
+    def read(group: list[int]) -> Batch:
+        pairs = [dataset[index] for index in group]
+        batch = Batch(
+            torch.stack([pair.moving for pair in pairs]),
+            torch.stack([pair.fixed for pair in pairs]),
+            [pair.changes for pair in pairs],
+            [pair.name for pair in pairs],
+        )
+        return batch.pinned() if device.type == "cuda" else batch
+
+    if not workers:
+        yield from map(read, groups)
+        return
+    # Pinning is an act of the thread's current device.
+    initializer = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    pool = ThreadPoolExecutor(workers, "reader", initializer)
+    try:
+        ahead = deque(pool.submit(read, group) for group in islice(groups, 2 * workers))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(read, group) for group in islice(groups, 1))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def worker_count(setting: int | Literal["auto"], device: torch.device, processes: int) -> int:
-    """How many processes read ahead for each of ``processes`` training processes."""
+    """How many threads read ahead in each of ``processes`` training processes."""
     if setting != "auto":
         return setting
     if device.type == "cpu":  # the network wants every core

@@ -170,17 +170,15 @@ class Trainer:
         batch = config.optimiser.batch
         share = batch // processes.size
         length = config.optimiser.steps * batch
-        dataset = PairDataset(
-            self.scans, length, config.optimiser.seed, config.data.pool, config.augment
-        )
+        dataset = PairDataset(self.scans, config.optimiser.seed, config.data.pool, config.augment)
         start = processes.rank * share
         batches = load_batches(
             dataset,
-            [
+            (
                 step + position
                 for step in range(self.step * batch, length, batch)
                 for position in range(start, start + share)
-            ],
+            ),
             config.run.micro_batch,
             worker_count(config.data.workers, processes.device, processes.size),
             processes.device,
