@@ -59,10 +59,35 @@ _FLAT = (
     Line(LaunchConfig(tile=(2048,), warps=1), archs=(0,)),
     Line(LaunchConfig(tile=(256,), warps=4)),
 )
+# Slices to march through, and the rows and columns of each.
+_COLUMNS = (
+    Line(LaunchConfig(tile=(8, 32, 32), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(16, 16, 32), warps=4)),
+)
+# One program adds up what the others left, with enough of it in flight at a time.
+_SUMS = (
+    Line(LaunchConfig(tile=(1024,), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(4096,), warps=8)),
+)
+# Slices a program marches over, and lanes that do; see lncc/kernel.py.
+_MARCH = (
+    Line(LaunchConfig(tile=(8, 1024), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(32, 128), warps=4)),
+)
 TABLE: dict[str, tuple[Line, ...]] = {
+    "compose_backward": _SAMPLING,
+    "compose_forward": _SAMPLING,
+    "diffusion": _COLUMNS,
+    "diffusion_sum": _SUMS,
+    "lncc_gradient": _MARCH,
+    "lncc_planes": _MARCH,
+    "lncc_score": _MARCH,
+    "lncc_spread_planes": _MARCH,
     "resize_backward": _FLAT,
     "resize_forward": _SAMPLING,
     "warp_backward": _SAMPLING,
+    "warp_compose_backward": _SAMPLING,
+    "warp_compose_forward": _SAMPLING,
     "warp_forward": _SAMPLING,
 }
 

@@ -19,17 +19,21 @@ from ulae_rt.kernels._configs import LaunchConfig
 
 
 @triton.jit
-def tile_of(D, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr):
-    """Batch index, slice, rows (TILE_H, 1), columns (1, TILE_W) and mask of this program."""
-    program = tl.program_id(0)
-    across = tl.cdiv(W, TILE_W)
-    down = tl.cdiv(H, TILE_H)
-    w = (program % across) * TILE_W + tl.arange(0, TILE_W)[None, :]
-    program = program // across
-    h = (program % down) * TILE_H + tl.arange(0, TILE_H)[:, None]
-    program = program // down
-    d = program % D
-    b = (program // D).to(tl.int64)
+def tile_of(
+    D, H, W, BATCHED: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr
+):
+    """Batch index, slice, rows (TILE_H, 1), columns (1, TILE_W) and mask of this program.
+
+    The grid has three axes because a division of the program's number would cost every warp more
+    than its eight corners do.
+    """
+    d = tl.program_id(0)
+    w = tl.program_id(1) * TILE_W + tl.arange(0, TILE_W)[None, :]
+    h = tl.program_id(2) * TILE_H + tl.arange(0, TILE_H)[:, None]
+    b = tl.cast(0, tl.int64)
+    if BATCHED:
+        b = (d // D).to(tl.int64)
+        d = d % D
     if WIDE:
         d = d.to(tl.int64)
         h = h.to(tl.int64)
@@ -44,14 +48,20 @@ def volume_size(D, H, W):
 
 @triton.jit
 def coarse_axis(index, size, FACTOR: tl.constexpr, ACC: tl.constexpr):
-    """Lower and upper neighbour of fine voxel ``index`` on ``size`` coarse ones, upper's weight."""
-    if ACC.is_fp64():
-        step = (size - 1).to(ACC) / (size * FACTOR - 1).to(ACC)
-    else:
-        step = tl.div_rn((size - 1).to(ACC), (size * FACTOR - 1).to(ACC))
+    """Where fine voxel ``index`` lies between ``size`` coarse ones, align_corners=True.
+
+    The lower neighbour and the weight of the upper, which is the lower plus one; an axis of one
+    voxel has no upper and its weight is 0.
+    """
+    # step = (size - 1) / (size FACTOR - 1): an approximate division, then its remainder.
+    coarse = (size - 1).to(ACC)
+    fine = (size * FACTOR - 1).to(ACC)
+    inverse = 1.0 / fine
+    step = coarse * inverse
+    step += tl.fma(-step, fine, coarse) * inverse
     position = index.to(ACC) * step
-    lower = tl.minimum(position.to(index.dtype), size - 1)
-    return lower, tl.minimum(lower + 1, size - 1), position - lower.to(ACC)
+    lower = tl.minimum(position.to(index.dtype), tl.maximum(size - 2, 0))
+    return lower, position - lower.to(ACC)
 
 
 @triton.jit
@@ -60,23 +70,25 @@ def _mix(a, b, t):
 
 
 @triton.jit
-def _upsampled(ptr, d, h, w, H, W, mask, ACC: tl.constexpr):
-    """Trilinear mean of eight coarse voxels; each axis is (lower, upper, weight of the upper)."""
-    r00 = (d[0] * H + h[0]) * W
-    r01 = (d[0] * H + h[1]) * W
-    r10 = (d[1] * H + h[0]) * W
-    r11 = (d[1] * H + h[1]) * W
-    a00 = tl.load(ptr + (r00 + w[0]), mask=mask, other=0.0).to(ACC)
-    b00 = tl.load(ptr + (r00 + w[1]), mask=mask, other=0.0).to(ACC)
-    a01 = tl.load(ptr + (r01 + w[0]), mask=mask, other=0.0).to(ACC)
-    b01 = tl.load(ptr + (r01 + w[1]), mask=mask, other=0.0).to(ACC)
-    a10 = tl.load(ptr + (r10 + w[0]), mask=mask, other=0.0).to(ACC)
-    b10 = tl.load(ptr + (r10 + w[1]), mask=mask, other=0.0).to(ACC)
-    a11 = tl.load(ptr + (r11 + w[0]), mask=mask, other=0.0).to(ACC)
-    b11 = tl.load(ptr + (r11 + w[1]), mask=mask, other=0.0).to(ACC)
-    low = _mix(_mix(a00, b00, w[2]), _mix(a01, b01, w[2]), h[2])
-    high = _mix(_mix(a10, b10, w[2]), _mix(a11, b11, w[2]), h[2])
-    return _mix(low, high, d[2])
+def _upsampled(ptr, t, up, W, HW, mask, ACC: tl.constexpr):
+    """Trilinear mean of the eight coarse voxels from ``ptr`` on.
+
+    ``t`` are the three weights of the upper ones, ``up`` whether there are any.
+    """
+    p01 = ptr + W
+    p10 = ptr + HW
+    p11 = p10 + W
+    a00 = tl.load(ptr, mask=mask, other=0.0).to(ACC)
+    b00 = tl.load(ptr + 1, mask=mask & up[2], other=0.0).to(ACC)
+    a01 = tl.load(p01, mask=mask & up[1], other=0.0).to(ACC)
+    b01 = tl.load(p01 + 1, mask=mask & up[1] & up[2], other=0.0).to(ACC)
+    a10 = tl.load(p10, mask=mask & up[0], other=0.0).to(ACC)
+    b10 = tl.load(p10 + 1, mask=mask & up[0] & up[2], other=0.0).to(ACC)
+    a11 = tl.load(p11, mask=mask & up[0] & up[1], other=0.0).to(ACC)
+    b11 = tl.load(p11 + 1, mask=mask & up[0] & up[1] & up[2], other=0.0).to(ACC)
+    low = _mix(_mix(a00, b00, t[2]), _mix(a01, b01, t[2]), t[1])
+    high = _mix(_mix(a10, b10, t[2]), _mix(a11, b11, t[2]), t[1])
+    return _mix(low, high, t[0])
 
 
 @triton.jit
@@ -88,52 +100,52 @@ def displacement(ptr, b, d, h, w, D, H, W, mask, FACTOR: tl.constexpr, ACC: tl.c
     """
     if FACTOR == 1:
         voxels = volume_size(D, H, W)
-        start = ptr + b * 3 * voxels
-        at = (d * H + h) * W + w
-        u_d = tl.load(start + at, mask=mask, other=0.0).to(ACC)
-        u_h = tl.load(start + voxels + at, mask=mask, other=0.0).to(ACC)
-        u_w = tl.load(start + 2 * voxels + at, mask=mask, other=0.0).to(ACC)
+        u = load_components(ptr + b * 3 * voxels + ((d * H + h) * W + w), voxels, mask, ACC)
     else:
         depth = D // FACTOR
         height = H // FACTOR
         width = W // FACTOR
         voxels = volume_size(depth, height, width)
-        start = ptr + b * 3 * voxels
-        on_d = coarse_axis(d, depth, FACTOR, ACC)
-        on_h = coarse_axis(h, height, FACTOR, ACC)
-        on_w = coarse_axis(w, width, FACTOR, ACC)
-        u_d = FACTOR * _upsampled(start, on_d, on_h, on_w, height, width, mask, ACC)
-        u_h = FACTOR * _upsampled(start + voxels, on_d, on_h, on_w, height, width, mask, ACC)
-        u_w = FACTOR * _upsampled(start + 2 * voxels, on_d, on_h, on_w, height, width, mask, ACC)
-    return u_d, u_h, u_w
+        on_d, t_d = coarse_axis(d, depth, FACTOR, ACC)
+        on_h, t_h = coarse_axis(h, height, FACTOR, ACC)
+        on_w, t_w = coarse_axis(w, width, FACTOR, ACC)
+        start = ptr + b * 3 * voxels + ((on_d * height + on_h) * width + on_w)
+        t = (t_d, t_h, t_w)
+        up = (depth > 1, height > 1, width > 1)
+        slab = height * width
+        u = (
+            FACTOR * _upsampled(start, t, up, width, slab, mask, ACC),
+            FACTOR * _upsampled(start + voxels, t, up, width, slab, mask, ACC),
+            FACTOR * _upsampled(start + 2 * voxels, t, up, width, slab, mask, ACC),
+        )
+    return u
 
 
 @triton.jit
-def _axis(position, size, BORDER: tl.constexpr, INDEX: tl.constexpr):
+def _axis(position, size, BORDER: tl.constexpr, INDEX: tl.constexpr, UNSIGNED: tl.constexpr):
     """One axis of a cell.
 
-    Lower and upper index, whether each is inside, the weight of the upper, and whether the value
-    moves with the position (beyond a border it does not: at it neither, as in grid_sample).
+    Lower index, upper index, whether each is inside, the weight of the upper, and whether the value
+    moves with the position (with a border it does not beyond it, and as in grid_sample not at it).
     """
     number = position == position  # not so for NaN
+    last = (size - 1).to(position.dtype)
+    moves = (position > 0) & (position < last)
     if BORDER:
-        last = (size - 1).to(position.dtype)
-        moves = (position > 0) & (position < last)
-        position = tl.where(number, tl.minimum(tl.maximum(position, 0.0), last), -2.0)
-        floor = tl.floor(position)
-        lower = floor.to(INDEX)
+        position = tl.where(number, tl.minimum(tl.maximum(position, 0.0), last), 0.0)
+    else:
+        position = tl.where(number, tl.minimum(tl.maximum(position, -2.0), last + 2), -2.0)
+    floor = tl.floor(position)
+    lower = floor.to(INDEX)
+    if BORDER:
         upper = tl.minimum(lower + 1, size - 1)
         in_lower = number
         in_upper = number
     else:
-        moves = number
-        beyond = (size + 1).to(position.dtype)
-        position = tl.where(number, tl.minimum(tl.maximum(position, -2.0), beyond), -2.0)
-        floor = tl.floor(position)
-        lower = floor.to(INDEX)
         upper = lower + 1
-        in_lower = (lower >= 0) & (lower < size)
-        in_upper = (upper >= 0) & (upper < size)
+        # As unsigned numbers the negative ones are beyond every size: one comparison for two.
+        in_lower = lower.to(UNSIGNED, bitcast=True) < size
+        in_upper = upper.to(UNSIGNED, bitcast=True) < size
     return lower, upper, in_lower, in_upper, position - floor, moves
 
 
@@ -141,11 +153,51 @@ def _axis(position, size, BORDER: tl.constexpr, INDEX: tl.constexpr):
 def cell(d, h, w, u, D, H, W, BORDER: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr):
     """The three axes (see ``_axis``) of the cell around voxel (d, h, w) displaced by ``u``."""
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    UNSIGNED: tl.constexpr = tl.uint64 if WIDE else tl.uint32
     return (
-        _axis(d.to(ACC) + u[0], D, BORDER, INDEX),
-        _axis(h.to(ACC) + u[1], H, BORDER, INDEX),
-        _axis(w.to(ACC) + u[2], W, BORDER, INDEX),
+        _axis(d.to(ACC) + u[0], D, BORDER, INDEX, UNSIGNED),
+        _axis(h.to(ACC) + u[1], H, BORDER, INDEX, UNSIGNED),
+        _axis(w.to(ACC) + u[2], W, BORDER, INDEX, UNSIGNED),
     )
+
+
+@triton.jit
+def _pointers(ptr, cells, H, W, BORDER: tl.constexpr):
+    """The eight corners of each cell, in the order of their binary (d, h, w) number."""
+    d, h, w = cells
+    p000 = ptr + ((d[0] * H + h[0]) * W + w[0])
+    if BORDER:
+        p001 = ptr + ((d[0] * H + h[0]) * W + w[1])
+        p010 = ptr + ((d[0] * H + h[1]) * W + w[0])
+        p011 = ptr + ((d[0] * H + h[1]) * W + w[1])
+        p100 = ptr + ((d[1] * H + h[0]) * W + w[0])
+        p101 = ptr + ((d[1] * H + h[0]) * W + w[1])
+        p110 = ptr + ((d[1] * H + h[1]) * W + w[0])
+        p111 = ptr + ((d[1] * H + h[1]) * W + w[1])
+    else:
+        # Upper is lower plus one: neighbours along w are an immediate offset of one address.
+        p010 = p000 + W
+        p100 = p000 + H * W
+        p110 = p100 + W
+        p001 = p000 + 1
+        p011 = p010 + 1
+        p101 = p100 + 1
+        p111 = p110 + 1
+    return p000, p001, p010, p011, p100, p101, p110, p111
+
+
+@triton.jit
+def _inside(cells, mask):
+    """Whether each of the eight corners is inside."""
+    d, h, w = cells
+    m00 = mask & d[2] & h[2]
+    m01 = mask & d[2] & h[3]
+    m10 = mask & d[3] & h[2]
+    m11 = mask & d[3] & h[3]
+    return (
+        m00 & w[2], m00 & w[3], m01 & w[2], m01 & w[3],
+        m10 & w[2], m10 & w[3], m11 & w[2], m11 & w[3],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -174,26 +226,19 @@ def scatter_nearest(ptr, value, cells, H, W, mask, scale, FIXED: tl.constexpr):
 
 
 @triton.jit
-def corners(ptr, cells, H, W, mask, ACC: tl.constexpr):
+def corners(ptr, cells, H, W, mask, BORDER: tl.constexpr, ACC: tl.constexpr):
     """The eight voxels of each cell, 0 outside, in the order of their binary (d, h, w) number."""
-    d, h, w = cells
-    r00 = (d[0] * H + h[0]) * W
-    r01 = (d[0] * H + h[1]) * W
-    r10 = (d[1] * H + h[0]) * W
-    r11 = (d[1] * H + h[1]) * W
-    m00 = mask & d[2] & h[2]
-    m01 = mask & d[2] & h[3]
-    m10 = mask & d[3] & h[2]
-    m11 = mask & d[3] & h[3]
+    p = _pointers(ptr, cells, H, W, BORDER)
+    m = _inside(cells, mask)
     return (
-        tl.load(ptr + (r00 + w[0]), mask=m00 & w[2], other=0.0).to(ACC),
-        tl.load(ptr + (r00 + w[1]), mask=m00 & w[3], other=0.0).to(ACC),
-        tl.load(ptr + (r01 + w[0]), mask=m01 & w[2], other=0.0).to(ACC),
-        tl.load(ptr + (r01 + w[1]), mask=m01 & w[3], other=0.0).to(ACC),
-        tl.load(ptr + (r10 + w[0]), mask=m10 & w[2], other=0.0).to(ACC),
-        tl.load(ptr + (r10 + w[1]), mask=m10 & w[3], other=0.0).to(ACC),
-        tl.load(ptr + (r11 + w[0]), mask=m11 & w[2], other=0.0).to(ACC),
-        tl.load(ptr + (r11 + w[1]), mask=m11 & w[3], other=0.0).to(ACC),
+        tl.load(p[0], mask=m[0], other=0.0).to(ACC),
+        tl.load(p[1], mask=m[1], other=0.0).to(ACC),
+        tl.load(p[2], mask=m[2], other=0.0).to(ACC),
+        tl.load(p[3], mask=m[3], other=0.0).to(ACC),
+        tl.load(p[4], mask=m[4], other=0.0).to(ACC),
+        tl.load(p[5], mask=m[5], other=0.0).to(ACC),
+        tl.load(p[6], mask=m[6], other=0.0).to(ACC),
+        tl.load(p[7], mask=m[7], other=0.0).to(ACC),
     )
 
 
@@ -207,7 +252,7 @@ def interpolate(v, cells):
 
 
 @triton.jit
-def slopes(v, cells):
+def slopes(v, cells, BORDER: tl.constexpr):
     """Derivatives of :func:`interpolate` by the point's three coordinates."""
     t_d, t_h, t_w = cells[0][4], cells[1][4], cells[2][4]
     e00, e01 = _mix(v[0], v[1], t_w), _mix(v[2], v[3], t_w)
@@ -217,11 +262,11 @@ def slopes(v, cells):
     low = _mix(v[1] - v[0], v[3] - v[2], t_h)
     high = _mix(v[5] - v[4], v[7] - v[6], t_h)
     by_w = _mix(low, high, t_d)
-    return (
-        tl.where(cells[0][5], by_d, 0.0),
-        tl.where(cells[1][5], by_h, 0.0),
-        tl.where(cells[2][5], by_w, 0.0),
-    )
+    if BORDER:
+        by_d = tl.where(cells[0][5], by_d, 0.0)
+        by_h = tl.where(cells[1][5], by_h, 0.0)
+        by_w = tl.where(cells[2][5], by_w, 0.0)
+    return by_d, by_h, by_w
 
 
 @triton.jit
@@ -233,39 +278,67 @@ def _add(ptr, value, mask, scale, FIXED: tl.constexpr):
 
 
 @triton.jit
-def scatter(ptr, value, cells, H, W, mask, scale, FIXED: tl.constexpr):
+def scatter(ptr, value, cells, H, W, mask, scale, BORDER: tl.constexpr, FIXED: tl.constexpr):
     """Adjoint of :func:`corners` and :func:`interpolate`: ``value`` added to the eight voxels.
 
     With FIXED, as 64-bit integers in units of 1 / ``scale``.
     """
-    d, h, w = cells
-    t_d, t_h, t_w = d[4], h[4], w[4]
-    r00 = (d[0] * H + h[0]) * W
-    r01 = (d[0] * H + h[1]) * W
-    r10 = (d[1] * H + h[0]) * W
-    r11 = (d[1] * H + h[1]) * W
-    m00 = mask & d[2] & h[2]
-    m01 = mask & d[2] & h[3]
-    m10 = mask & d[3] & h[2]
-    m11 = mask & d[3] & h[3]
+    t_d, t_h, t_w = cells[0][4], cells[1][4], cells[2][4]
+    p = _pointers(ptr, cells, H, W, BORDER)
+    m = _inside(cells, mask)
     v00 = value * (1 - t_d) * (1 - t_h)
     v01 = value * (1 - t_d) * t_h
     v10 = value * t_d * (1 - t_h)
     v11 = value * t_d * t_h
-    _add(ptr + (r00 + w[0]), v00 * (1 - t_w), m00 & w[2], scale, FIXED)
-    _add(ptr + (r00 + w[1]), v00 * t_w, m00 & w[3], scale, FIXED)
-    _add(ptr + (r01 + w[0]), v01 * (1 - t_w), m01 & w[2], scale, FIXED)
-    _add(ptr + (r01 + w[1]), v01 * t_w, m01 & w[3], scale, FIXED)
-    _add(ptr + (r10 + w[0]), v10 * (1 - t_w), m10 & w[2], scale, FIXED)
-    _add(ptr + (r10 + w[1]), v10 * t_w, m10 & w[3], scale, FIXED)
-    _add(ptr + (r11 + w[0]), v11 * (1 - t_w), m11 & w[2], scale, FIXED)
-    _add(ptr + (r11 + w[1]), v11 * t_w, m11 & w[3], scale, FIXED)
+    _add(p[0], v00 * (1 - t_w), m[0], scale, FIXED)
+    _add(p[1], v00 * t_w, m[1], scale, FIXED)
+    _add(p[2], v01 * (1 - t_w), m[2], scale, FIXED)
+    _add(p[3], v01 * t_w, m[3], scale, FIXED)
+    _add(p[4], v10 * (1 - t_w), m[4], scale, FIXED)
+    _add(p[5], v10 * t_w, m[5], scale, FIXED)
+    _add(p[6], v11 * (1 - t_w), m[6], scale, FIXED)
+    _add(p[7], v11 * t_w, m[7], scale, FIXED)
 
 
-def tile_grid(shape: torch.Size, config: LaunchConfig) -> tuple[int]:
-    """Programs for a (B, C, D, H, W) volume: one dimension, which alone may be that long."""
+@triton.jit
+def composed(ptr, cells, u, voxels, H, W, mask, ACC: tl.constexpr):
+    """The displacement at ``ptr`` sampled in each cell, 0 outside, plus ``u``."""
+    return (
+        interpolate(corners(ptr, cells, H, W, mask, False, ACC), cells) + u[0],
+        interpolate(corners(ptr + voxels, cells, H, W, mask, False, ACC), cells) + u[1],
+        interpolate(corners(ptr + 2 * voxels, cells, H, W, mask, False, ACC), cells) + u[2],
+    )
+
+
+@triton.jit
+def add_slopes(total, grad, ptr, cells, H, W, mask, BORDER: tl.constexpr, ACC: tl.constexpr):
+    """``total``, three components, plus ``grad`` times the slopes of the volume at ``ptr``."""
+    slope = slopes(corners(ptr, cells, H, W, mask, BORDER, ACC), cells, BORDER)
+    return total[0] + grad * slope[0], total[1] + grad * slope[1], total[2] + grad * slope[2]
+
+
+@triton.jit
+def store_components(ptr, values, voxels, mask):
+    """Three components, one volume each."""
+    tl.store(ptr, values[0], mask=mask)
+    tl.store(ptr + voxels, values[1], mask=mask)
+    tl.store(ptr + 2 * voxels, values[2], mask=mask)
+
+
+@triton.jit
+def load_components(ptr, voxels, mask, ACC: tl.constexpr):
+    """Three components, one volume each."""
+    return (
+        tl.load(ptr, mask=mask, other=0.0).to(ACC),
+        tl.load(ptr + voxels, mask=mask, other=0.0).to(ACC),
+        tl.load(ptr + 2 * voxels, mask=mask, other=0.0).to(ACC),
+    )
+
+
+def tile_grid(shape: torch.Size, config: LaunchConfig) -> tuple[int, int, int]:
+    """Programs for a (B, C, D, H, W) volume; only the first axis may be longer than 65,535."""
     B, _, D, H, W = shape
-    return (B * D * triton.cdiv(H, config.tile[0]) * triton.cdiv(W, config.tile[1]),)
+    return B * D, triton.cdiv(W, config.tile[1]), triton.cdiv(H, config.tile[0])
 
 
 class ScatteredSums:

@@ -12,6 +12,7 @@ from ulae_rt.kernels._configs import launch_config
 from ulae_rt.kernels._sampling import (
     coarse_axis,
     displacement,
+    store_components,
     tile_grid,
     tile_of,
     volume_size,
@@ -21,23 +22,20 @@ from ulae_rt.kernels._sampling import (
 @triton.jit(do_not_specialize=["D", "H", "W"])
 def _resize_forward_kernel(
     disp_ptr, out_ptr, D, H, W,
-    FACTOR: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    FACTOR: tl.constexpr, BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, TILE_H, TILE_W, WIDE)
+    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
     u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
     voxels = volume_size(D, H, W)
-    start = out_ptr + b * 3 * voxels + ((d * H + h) * W + w)
-    tl.store(start, u[0], mask=mask)
-    tl.store(start + voxels, u[1], mask=mask)
-    tl.store(start + 2 * voxels, u[2], mask=mask)
+    store_components(out_ptr + b * 3 * voxels + ((d * H + h) * W + w), u, voxels, mask)
 
 
 @triton.jit
 def _weight(fine, coarse, size, FACTOR: tl.constexpr, ACC: tl.constexpr):
     """What fine voxel ``fine`` took of coarse voxel ``coarse``."""
-    lower, upper, t = coarse_axis(fine, size, FACTOR, ACC)
-    return tl.where(lower == coarse, 1 - t, 0.0) + tl.where(upper == coarse, t, 0.0)
+    lower, t = coarse_axis(fine, size, FACTOR, ACC)
+    return tl.where(lower == coarse, 1 - t, tl.where(lower + 1 == coarse, t, 0.0))
 
 
 @triton.jit(do_not_specialize=["total", "size", "inner"])
@@ -82,7 +80,8 @@ def launch_forward(disp: Tensor, *, factor: int) -> Tensor:
     with torch.cuda.device_of(disp):
         _resize_forward_kernel[tile_grid(shape, config)](
             disp, out, D, H, W,
-            FACTOR=factor, ACC=_launch.compute_type(disp), WIDE=_launch.wide_index(D * H * W),
+            FACTOR=factor, BATCHED=shape[0] > 1, ACC=_launch.compute_type(disp),
+            WIDE=_launch.wide_index(D * H * W),
             TILE_H=config.tile[0], TILE_W=config.tile[1], num_warps=config.warps,
         )  # fmt: skip
     return out

@@ -72,5 +72,6 @@ def resize_displacement(disp: Tensor, factor: int) -> Tensor:
     if factor == 1:
         return disp
     if _launch.uses_triton(disp):
-        return _resize(disp, factor)
+        out: Tensor = _resize(disp, factor)
+        return out
     return resize_displacement_reference(disp, factor)

@@ -9,6 +9,7 @@ from ulae_rt.kernels import _launch
 from ulae_rt.kernels._configs import launch_config
 from ulae_rt.kernels._sampling import (
     ScatteredSums,
+    add_slopes,
     cell,
     corners,
     displacement,
@@ -16,7 +17,7 @@ from ulae_rt.kernels._sampling import (
     nearest_value,
     scatter,
     scatter_nearest,
-    slopes,
+    store_components,
     tile_grid,
     tile_of,
     volume_size,
@@ -27,10 +28,10 @@ from ulae_rt.kernels.resize.kernel import DisplacementGradient
 @triton.jit(do_not_specialize=["D", "H", "W"])
 def _warp_forward_kernel(
     image_ptr, disp_ptr, out_ptr, C, D, H, W,
-    FACTOR: tl.constexpr, BORDER: tl.constexpr, NEAREST: tl.constexpr,
+    FACTOR: tl.constexpr, BATCHED: tl.constexpr, BORDER: tl.constexpr, NEAREST: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, TILE_H, TILE_W, WIDE)
+    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
     u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
     cells = cell(d, h, w, u, D, H, W, BORDER, ACC, WIDE)
     voxels = volume_size(D, H, W)
@@ -40,26 +41,25 @@ def _warp_forward_kernel(
         if NEAREST:
             value = nearest_value(image_ptr + start, cells, H, W, mask)
         else:
-            value = interpolate(corners(image_ptr + start, cells, H, W, mask, ACC), cells)
+            value = interpolate(corners(image_ptr + start, cells, H, W, mask, BORDER, ACC), cells)
         tl.store(out_ptr + start + at, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["D", "H", "W"])
 def _warp_backward_kernel(
     grad_ptr, image_ptr, disp_ptr, grad_image_ptr, grad_disp_ptr, scale_ptr, C, D, H, W,
-    FACTOR: tl.constexpr, BORDER: tl.constexpr, NEAREST: tl.constexpr,
+    FACTOR: tl.constexpr, BATCHED: tl.constexpr, BORDER: tl.constexpr, NEAREST: tl.constexpr,
     IMAGE: tl.constexpr, DISP: tl.constexpr, FIXED: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, TILE_H, TILE_W, WIDE)
+    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
     u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
     cells = cell(d, h, w, u, D, H, W, BORDER, ACC, WIDE)
     voxels = volume_size(D, H, W)
     at = (d * H + h) * W + w
     scale = tl.load(scale_ptr) if FIXED else 1.0
-    by_d = tl.zeros([TILE_H, TILE_W], ACC)
-    by_h = tl.zeros([TILE_H, TILE_W], ACC)
-    by_w = tl.zeros([TILE_H, TILE_W], ACC)
+    zero = tl.zeros([TILE_H, TILE_W], ACC)
+    by_disp = (zero, zero, zero)
     for c in range(C):
         start = (b * C + c) * voxels
         grad = tl.load(grad_ptr + start + at, mask=mask, other=0.0).to(ACC)
@@ -67,17 +67,11 @@ def _warp_backward_kernel(
             if NEAREST:
                 scatter_nearest(grad_image_ptr + start, grad, cells, H, W, mask, scale, FIXED)
             else:
-                scatter(grad_image_ptr + start, grad, cells, H, W, mask, scale, FIXED)
+                scatter(grad_image_ptr + start, grad, cells, H, W, mask, scale, BORDER, FIXED)
         if DISP:
-            slope = slopes(corners(image_ptr + start, cells, H, W, mask, ACC), cells)
-            by_d += grad * slope[0]
-            by_h += grad * slope[1]
-            by_w += grad * slope[2]
+            by_disp = add_slopes(by_disp, grad, image_ptr + start, cells, H, W, mask, BORDER, ACC)
     if DISP:
-        start = b * 3 * voxels
-        tl.store(grad_disp_ptr + start + at, by_d, mask=mask)
-        tl.store(grad_disp_ptr + start + voxels + at, by_h, mask=mask)
-        tl.store(grad_disp_ptr + start + 2 * voxels + at, by_w, mask=mask)
+        store_components(grad_disp_ptr + b * 3 * voxels + at, by_disp, voxels, mask)
 
 
 def launch_forward(image: Tensor, disp: Tensor, *, padding: str, mode: str, factor: int) -> Tensor:
@@ -90,6 +84,7 @@ def launch_forward(image: Tensor, disp: Tensor, *, padding: str, mode: str, fact
         _warp_forward_kernel[tile_grid(image.shape, config)](
             image, disp, out, C, D, H, W,
             FACTOR=factor, BORDER=padding == "border", NEAREST=mode == "nearest",
+            BATCHED=image.shape[0] > 1,
             ACC=_launch.compute_type(image, disp), WIDE=_launch.wide_index(D * H * W),
             TILE_H=config.tile[0], TILE_W=config.tile[1], num_warps=config.warps,
         )  # fmt: skip
@@ -122,6 +117,7 @@ def launch_backward(
             sums.total if sums else grad, by_disp.full if by_disp else grad,
             sums.scale if sums else grad, C, D, H, W,
             FACTOR=factor, BORDER=padding == "border", NEAREST=mode == "nearest",
+            BATCHED=image.shape[0] > 1,
             IMAGE=need_image, DISP=need_disp, FIXED=sums is not None and sums.fixed,
             ACC=_launch.compute_type(image, disp), WIDE=_launch.wide_index(D * H * W),
             TILE_H=config.tile[0], TILE_W=config.tile[1], num_warps=config.warps,

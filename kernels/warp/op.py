@@ -125,5 +125,6 @@ def warp(
     check_choice("warp", "padding", padding, PADDINGS)
     check_choice("warp", "mode", mode, MODES)
     if _launch.uses_triton(image):
-        return _warp(image, disp, padding, mode, factor)
+        out: Tensor = _warp(image, disp, padding, mode, factor)
+        return out
     return warp_reference(image, disp, padding=padding, mode=mode, factor=factor)

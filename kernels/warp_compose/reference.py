@@ -3,12 +3,16 @@
 import torch
 from torch import Tensor
 
+from ulae_rt.kernels.resize.reference import resize_displacement_reference
 from ulae_rt.kernels.warp.reference import sample, sampling_grid
 
 
-def warp_compose_reference(image: Tensor, disp_a: Tensor, disp_b: Tensor) -> tuple[Tensor, Tensor]:
+def warp_compose_reference(
+    image: Tensor, disp_a: Tensor, disp_b: Tensor, factor: int = 1
+) -> tuple[Tensor, Tensor]:
     """``(warp(image, disp_b), compose(disp_a, disp_b))`` from one set of sampling points."""
     accumulate = torch.promote_types(torch.promote_types(image.dtype, disp_b.dtype), torch.float32)
+    disp_b = resize_displacement_reference(disp_b, factor)
     grid = sampling_grid(disp_b.to(accumulate))
     warped = sample(image.to(accumulate), grid, "zeros", "linear").to(image.dtype)
     carried = sample(disp_a.to(accumulate), grid, "zeros", "linear").to(disp_a.dtype)
