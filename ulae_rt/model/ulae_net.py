@@ -208,7 +208,7 @@ class UlaeNet(nn.Module):
             ShapeError: for another rank or channel count, or shapes that differ.
         """
         crop, moving, fixed = self._padded(moving, fixed)
-        steps, accumulated, progressive = self._accumulate(moving, fixed)
+        steps, accumulated, progressive = self._accumulate(moving, fixed, full_steps=True)
         progressive.append(warp(progressive[-1] if progressive else moving, steps[-1]))
         moved = warp(moving, accumulated[-1])
         return RegistrationOutput(
@@ -222,13 +222,17 @@ class UlaeNet(nn.Module):
     def predict(self, moving: Tensor, fixed: Tensor) -> Prediction:
         """Register: the same arithmetic as :meth:`forward`, and only its first two results."""
         crop, moving, fixed = self._padded(moving, fixed)
-        disp = self._accumulate(moving, fixed)[1][-1]
+        disp = self._accumulate(moving, fixed, full_steps=False)[1][-1]
         return Prediction(crop(warp(moving, disp)), crop(disp))
 
     def _accumulate(
-        self, moving: Tensor, fixed: Tensor
+        self, moving: Tensor, fixed: Tensor, *, full_steps: bool
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Eq. 2: the steps, what they accumulate to, and the images all but the last step made."""
+        """Eq. 2: the steps, what they accumulate to, and the images all but the last step made.
+
+        Without ``full_steps`` a step may be left at its own resolution: what it is composed with
+        then brings it to the full grid on the fly.
+        """
         dtype = self.feature_dtype or moving.dtype
         fixed_features = self.encoder.fixed_features(as_features(fixed, dtype))
         steps: list[Tensor] = []
@@ -244,6 +248,9 @@ class UlaeNet(nn.Module):
                 )  # fmt: skip
             else:
                 phi = self._step(step, image, fixed, fixed_features, dtype)
+            factor = _STEP_FACTORS[step - 1]
+            if full_steps or not accumulated:  # the first is also what the second is composed with
+                phi, factor = resize_displacement(phi, factor), 1
             last = index == len(self.used_steps) - 1
             if not accumulated:
                 total = phi
@@ -251,7 +258,7 @@ class UlaeNet(nn.Module):
             elif last:
                 total = compose(accumulated[-1], phi)
             else:
-                image, total = warp_compose(image, accumulated[-1], phi)
+                image, total = warp_compose(image, accumulated[-1], phi, factor)
             steps.append(phi)
             accumulated.append(total)
             if not last:
@@ -266,7 +273,7 @@ class UlaeNet(nn.Module):
         fixed_features: list[Tensor],
         dtype: torch.dtype,
     ) -> Tensor:
-        """One displacement at full resolution, in the type of the inputs."""
+        """One displacement at its step's resolution, in the type of the inputs."""
         fused = self.encoder(
             as_features(moving, dtype), as_features(fixed, dtype), fixed_features, finest=4 - step
         )
@@ -282,8 +289,7 @@ class UlaeNet(nn.Module):
         head = cast(nn.Conv3d, self.heads[str(step)])
         disp = conv3d(features, head.weight, head.bias, padding=1)
         # Three channels gain nothing from channels_last, and resizing them takes twice as long.
-        disp = disp.to(dtype=moving.dtype, memory_format=torch.contiguous_format)
-        return resize_displacement(disp, _STEP_FACTORS[step - 1])
+        return disp.to(dtype=moving.dtype, memory_format=torch.contiguous_format)
 
     @staticmethod
     def _padded(moving: Tensor, fixed: Tensor) -> tuple["_Crop", Tensor, Tensor]:
