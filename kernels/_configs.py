@@ -88,7 +88,9 @@ TABLE: dict[str, tuple[Line, ...]] = {
     "warp_backward": _SAMPLING,
     "warp_compose_backward": _SAMPLING,
     "warp_compose_forward": _SAMPLING,
-    "warp_forward": _SAMPLING,
+    # Two voxels a lane: 124 instructions a voxel in place of 144, twice the loads in flight, and
+    # still 32 registers, so that nothing is lost in warps.
+    "warp_forward": (*_SAMPLING[:2], Line(LaunchConfig(tile=(8, 32), warps=4))),
 }
 
 
