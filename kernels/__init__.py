@@ -6,7 +6,7 @@ other. Conventions: :mod:`ulae_rt.conventions`.
 """
 
 from ulae_rt.kernels.compose.op import compose
-from ulae_rt.kernels.diffusion.op import diffusion
+from ulae_rt.kernels.diffusion.op import diffusion, diffusion_with_gradient
 from ulae_rt.kernels.lncc.op import lncc, multi_window_lncc
 from ulae_rt.kernels.resize.op import resize_displacement
 from ulae_rt.kernels.warp.op import warp
@@ -15,6 +15,7 @@ from ulae_rt.kernels.warp_compose.op import warp_compose
 __all__ = [
     "compose",
     "diffusion",
+    "diffusion_with_gradient",
     "lncc",
     "multi_window_lncc",
     "resize_displacement",
