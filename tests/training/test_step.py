@@ -248,6 +248,18 @@ def test_a_compiled_network_learns_the_same(checkpointing: str) -> None:
     assert_close("losses", compiled, eager, TOL["losses of 4 steps"])
 
 
+@compiles
+def test_where_nothing_can_be_compiled_it_says_what_is_missing() -> None:
+    step = new_step(configuration(compile=True))
+
+    def failing(*images: torch.Tensor) -> Any:
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no compiler"), None)
+
+    step._network = failing
+    with pytest.raises(BackendUnavailable, match=r"^torch\.compile failed: .*no compiler$"):
+        step(0, batches(1, 1), RATE)
+
+
 def test_settings_that_do_not_fit_the_machine() -> None:
     with pytest.raises(ConfigError, match=r"run\.cuda_graph needs a CUDA device, .* is on cpu"):
         new_step(configuration(cuda_graph=True))

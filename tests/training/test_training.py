@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from _support.tolerances import TOL, assert_close
 from ulae_rt import cli
 from ulae_rt.errors import ConfigError
 from ulae_rt.losses import Loss
@@ -25,7 +26,10 @@ from ulae_rt.training.data import Pair, PairDataset, find_scans
 from ulae_rt.training.loop import Trainer, learning_rate
 
 
-def write_config(path: Path, scans: Path, steps: int, extra: str = "", lr: float = 1e-3) -> Path:
+def write_config(
+    path: Path, scans: Path, steps: int, lr: float = 1e-3, batch: int = 1, run: str = ""
+) -> Path:
+    """On the CPU if ``run`` does not say otherwise: there, twice the same is the same bits."""
     path.write_text(
         f"""
 [data]
@@ -52,7 +56,9 @@ intensity = 0.1
 [optimiser]
 steps = {steps}
 lr = {lr}
-{extra}
+batch = {batch}
+[run]
+{run or 'device = "cpu"'}
 """
     )
     return path
@@ -157,7 +163,7 @@ def test_every_pair_whose_loss_is_not_finite_is_named(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(monkeypatch, 0, 2)
-    config = write_config(tmp_path / "c.toml", scans, 4, "batch = 4\n[run]\nmicro_batch = 2")
+    config = write_config(tmp_path / "c.toml", scans, 4, batch=4, run="micro_batch = 2")
     assert cli.main(["train", str(config)]) == 1
     dataset = PairDataset(find_scans(scans), 0, 4, AugmentConfig())
     error = capsys.readouterr().err
@@ -180,6 +186,22 @@ def test_a_gradient_that_is_not_finite_stops_too(
     assert cli.main(["train", str(write_config(tmp_path / "c.toml", scans, 4))]) == 1
     assert "error: step 0: the gradient of " in capsys.readouterr().err
     load_model(tmp_path / "run" / loop.WEIGHTS_FILE)  # would refuse NaN
+
+
+@pytest.mark.gpu
+def test_a_gpu_run_goes_on_with_other_settings(scans: Path, tmp_path: Path) -> None:
+    """And ends where the CPU does: with readers, pinned memory, changes and graphs on the way."""
+    expected, found = tmp_path / "cpu", tmp_path / "gpu"
+    for folder in (expected, found):
+        folder.mkdir()
+    assert cli.main(["train", str(write_config(expected / "c.toml", scans, 4, batch=2))]) == 0
+    path = found / "c.toml"
+    write_config(path, scans, 2, batch=2, run='device = "cuda"\nmicro_batch = 2')
+    assert cli.main(["train", str(path)]) == 0
+    write_config(path, scans, 4, batch=2, run='device = "cuda"\ncuda_graph = true')
+    assert cli.main(["train", str(path), "--resume"]) == 0
+    ends = [float(rows(folder)[-1]["loss"]) for folder in (found, expected)]
+    assert_close("loss", *(torch.tensor(end) for end in ends), TOL["losses of 20 steps"])
 
 
 def test_an_earlier_run_is_not_overwritten(

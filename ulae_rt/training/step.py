@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ulae_rt.errors import ConfigError, TrainingError
+from ulae_rt.errors import BackendUnavailable, ConfigError, TrainingError
 from ulae_rt.losses import Loss, registration_loss
 from ulae_rt.model import UlaeNet
 from ulae_rt.model.ulae_net import Prediction, RegistrationOutput
@@ -71,6 +71,9 @@ class Step:
 
     Raises:
         ConfigError: for a batch that cannot be shared out, or a CUDA graph without CUDA.
+
+    The first call may raise BackendUnavailable, where torch.compile does not work, and any call
+    TrainingError, when memory does not suffice or another process is gone.
     """
 
     def __init__(self, model: UlaeNet, config: TrainConfig, processes: Processes) -> None:
@@ -93,7 +96,7 @@ class Step:
         self.share = micro / batch
         # Seeded alike and updated alike, all processes hold the same weights: none sends them.
         model.checkpointing = config.run.activation_checkpointing == "on"
-        self._network: Callable[..., Prediction | RegistrationOutput] = self._whole_or_part(model)
+        self._network = self._entry()
         if config.run.compile:
             self._network = torch.compile(self._network, dynamic=False)
         self._graph: _Graph | None = None
@@ -126,7 +129,7 @@ class Step:
         for batch in batches:
             moving, fixed = batch.augmented(self.device)
             for name, m, f in zip(batch.names, moving, fixed, strict=True):
-                total = float(self._loss(self._whole_or_part(self.model), m[None], f[None]).total)
+                total = float(self._loss(self._entry(), m[None], f[None]).total)
                 if not math.isfinite(total):
                     found.append(f"the loss of {name} is {total}")
         return found
@@ -148,6 +151,16 @@ class Step:
                         "lower run.micro_batch, switch run.activation_checkpointing on, or set "
                         "optimiser.precision = 'bf16' or data.pool = 2",
                     ) from error
+            except RuntimeError as error:
+                if self.config.run.compile and isinstance(
+                    error, torch._dynamo.exc.BackendCompilerFailed
+                ):
+                    raise BackendUnavailable(
+                        f"torch.compile failed: {str(error.inner_exception).splitlines()[0]}",
+                        "it needs a C++ compiler on a CPU and triton on a GPU; or set "
+                        "run.compile = false",
+                    ) from error
+                raise
             # Out here the failed attempt's tensors are gone: its traceback held them.
             logger.warning("%s ran out of memory: activation checkpointing is on now", self.device)
             self.model.checkpointing = True
@@ -169,9 +182,9 @@ class Step:
         (loss.total * self.share).backward()
         self._losses.add_(torch.stack(loss).detach(), alpha=self.share)
 
-    def _whole_or_part(self, model: UlaeNet) -> Callable[..., Prediction | RegistrationOutput]:
-        """The network's cheaper entry, where the loss can do without M_3."""
-        return model.forward if self.config.loss.progressive else model.predict
+    def _entry(self) -> Callable[..., Prediction | RegistrationOutput]:
+        """The network's cheaper one, where the loss can do without M_3."""
+        return self.model.forward if self.config.loss.progressive else self.model.predict
 
     def _loss(
         self,
