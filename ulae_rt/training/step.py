@@ -94,13 +94,13 @@ class Step:
                 "set run.cuda_graph = false",
             )
         self.share = micro / batch
-        # Seeded alike and updated alike, all processes hold the same weights: none sends them.
         model.checkpointing = config.run.activation_checkpointing == "on"
         self._network = self._entry()
         if config.run.compile:
             self._network = torch.compile(self._network, dynamic=False)
         self._graph: _Graph | None = None
 
+        # All processes are seeded alike and apply the same sums: none has to send its weights.
         parameters = list(model.parameters())
         sizes = [p.numel() for p in parameters]
         self._sums = torch.zeros(sum(sizes) + _PARTS, device=self.device)
