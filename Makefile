@@ -20,7 +20,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-gpu clean
+.PHONY: help install demo test check format kernel-table bench bench-gpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -62,6 +62,9 @@ format: $(STAMP)  ## rewrite the sources in the house format
 
 bench: $(STAMP)  ## run the benchmarks
 	$(BIN)/python -P -m pytest bench $(ARGS)
+
+kernel-table: $(STAMP)  ## compile the kernels for every GPU and show what each takes of it
+	$(BIN)/python -P -m ulae_rt.kernels.resources $(ARGS)
 
 # A borrowed GPU machine has torch, triton, numpy and pytest-benchmark, and nothing can be installed
 # on it: build/path shows the four folders as the one package that an installation would make.

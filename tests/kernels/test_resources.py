@@ -1,0 +1,202 @@
+"""What the compiler makes of the kernels, on every architecture; no GPU needed."""
+
+import ast
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from _support.project import modules
+from ulae_rt.kernels import _launch, resources
+from ulae_rt.kernels.resources import ARCHITECTURES, Resources
+
+needs_triton = pytest.mark.skipif(not _launch.TRITON_INSTALLED, reason="triton is not installed")
+
+
+def compiling(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A Python process where kernels are compiled, not interpreted as in this one."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(path), *filter(None, [environment.get("PYTHONPATH")])]
+        )
+    return subprocess.run(
+        [sys.executable, "-P", *arguments],
+        capture_output=True, text=True, timeout=1800, env=environment,
+    )  # fmt: skip
+
+
+def parsed(text: str) -> list[Resources]:
+    """What ``--json`` printed; JSON's keys are strings."""
+    rows = json.loads(text)
+    for row in rows:
+        for name in ("loads", "stores"):
+            row[name] = {int(bits): count for bits, count in row[name].items()}
+    return [Resources(**row) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Resources]:
+    done = compiling("-m", "ulae_rt.kernels.resources", "--json")
+    assert done.stdout, done.stderr
+    return parsed(done.stdout)
+
+
+def kernel_names() -> set[str]:
+    """Every kernel that a launcher could start, by reading the source."""
+    return {
+        node.name
+        for file in modules().values()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and node.name.endswith("_kernel")
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+
+
+@needs_triton
+@pytest.mark.slow
+def test_no_forward_kernel_spills(rows: list[Resources]) -> None:
+    assert resources.problems(rows) == []
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_is_measured(arch: int, rows: list[Resources]) -> None:
+    measured = {row.kernel for row in rows if row.arch == arch}
+    assert measured == kernel_names(), "add a case to ulae_rt.kernels.resources"
+
+
+@needs_triton
+@pytest.mark.slow
+def test_no_thread_waits_for_an_atomic(rows: list[Resources]) -> None:
+    assert [row for row in rows if row.atomics] == []
+    assert [row for row in rows if row.reductions]  # else nothing was recognised
+
+
+@needs_triton
+@pytest.mark.slow
+def test_sampling_hands_no_tile_to_other_threads(rows: list[Resources]) -> None:
+    sampling = [row for row in rows if row.kernel.startswith(("_warp", "_compose", "_resize"))]
+    assert sampling
+    assert [row for row in sampling if row.shared or row.conversions] == []
+
+
+@needs_triton
+@pytest.mark.slow
+def test_lanes_read_single_voxels(rows: list[Resources]) -> None:
+    found = [row for row in rows if (row.kernel, row.case) == ("_warp_forward_kernel", "warp")]
+    assert {row.arch for row in found} == set(ARCHITECTURES)
+    for row in found:
+        voxels = math.prod(row.tile) // (32 * row.warps)
+        # Eight corners and three components of the displacement.
+        assert (row.loads, row.stores) == ({32: 11 * voxels}, {32: voxels})
+
+
+# The guards can fail
+
+BAD = """
+import torch, triton, triton.language as tl
+from ulae_rt.kernels import resources
+
+@triton.jit
+def _greedy_kernel(ptr, TILE: tl.constexpr):
+    at = tl.arange(0, TILE)
+    value = tl.load(ptr + at)
+    tl.store(ptr + at, value / tl.sum(value))
+
+@triton.jit
+def _waiting_kernel(ptr, count_ptr, TILE: tl.constexpr):
+    at = tl.atomic_add(count_ptr + tl.arange(0, TILE), 1)
+    tl.store(ptr + at, 1.0)
+
+def greedy(memory):
+    _greedy_kernel[(1,)](memory, TILE=2**13, num_warps=1)
+    return memory.detach()
+
+def waiting(memory):
+    counts = torch.empty(128, dtype=torch.int32)
+    _waiting_kernel[(1,)](memory, counts, TILE=128, num_warps=4)
+    return memory.detach()
+
+def bad_cases():
+    memory = torch.empty(2**13)
+    yield resources.Case("greedy", greedy, (memory,))
+    yield resources.Case("waiting", waiting, (memory,))
+"""
+
+
+@needs_triton
+def test_a_spill_and_an_atomic_that_waits_are_found(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD)
+    program = (
+        "import bad, json; from dataclasses import asdict; from ulae_rt.kernels import resources;"
+        "print(json.dumps([asdict(row) for row in resources.measure(90, bad.bad_cases)]))"
+    )
+    done = compiling("-c", program, path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    greedy, waiting = parsed(done.stdout)
+    assert greedy.spilled
+    assert greedy.stack
+    assert greedy.local
+    assert (waiting.spilled, waiting.atomics, waiting.reductions) == (False, 1, 0)
+    (problem,) = resources.problems([greedy, waiting])
+    assert problem.startswith("_greedy_kernel spills on sm_90 (greedy): ")
+
+
+# The table
+
+
+def row(**changes: object) -> Resources:
+    values: dict[str, object] = {
+        "kernel": "_warp_forward_kernel", "case": "warp", "forward": True, "arch": 80,
+        "tile": (4, 32), "warps": 4, "registers": 25, "stack": 0, "local": 0,
+        "shared": 0, "conversions": 0,
+        "loads": {16: 8, 32: 3}, "stores": {16: 1}, "reductions": 0, "atomics": 0,
+    }  # fmt: skip
+    return Resources(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_architectures_that_agree_share_a_line() -> None:
+    other = row(kernel="_warp_backward_kernel", forward=False, stores={}, registers=40)
+    text = resources.table([row(), other, row(arch=86), row(arch=90, registers=30)])
+    title, *lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert title == (
+        "kernel case pass sm tile warps regs stack local shared conv loads stores red atom"
+    )
+    assert lines == [
+        "warp_forward warp forward 80 86 4x32 4 25 0 0 0 0 8x16 3x32 1x16 0 0",
+        "warp_forward warp forward 90 4x32 4 30 0 0 0 0 8x16 3x32 1x16 0 0",
+        "warp_backward warp backward 80 4x32 4 40 0 0 0 0 8x16 3x32 - 0 0",
+    ]
+    starts = {line.index("4x32") for line in text.splitlines()[1:]}
+    assert starts == {text.splitlines()[0].index("tile")}
+
+
+def test_only_forward_kernels_may_not_spill() -> None:
+    spilled = [row(stack=8), row(local=2), row(forward=False, stack=8, local=2)]
+    assert len(resources.problems(spilled)) == 2
+    assert resources.problems([row()]) == []
+
+
+def test_the_interpreter_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_launch, "TRITON_INSTALLED", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resources.main([]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[1]) == ("", "hint: unset it")
+
+
+def test_missing_triton_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_launch, "TRITON_INSTALLED", False)
+    assert resources.main(["--arch", "90"]) == 1
+    assert "triton is not installed" in capsys.readouterr().err
