@@ -275,10 +275,13 @@ def test_settings_that_do_not_fit_the_machine() -> None:
 def test_twenty_steps_with_triton_are_those_with_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    pytest.importorskip("triton")
+    # Triton's interpreter takes a third of a second for each kernel, however small the volume.
+    config = configuration(loss=LossConfig(windows=(3,)), device="auto")
     found = []
     for kernels in ("reference", "triton"):
         monkeypatch.setenv("ULAE_RT_KERNELS", kernels)
-        found.append(curve(new_step(configuration()), 20))
+        found.append(curve(new_step(config), 20))
     assert found[0][-1] < found[0][0] - 0.1
     assert_close("losses", found[1], found[0], TOL["losses of 20 steps"])
 
