@@ -111,7 +111,10 @@ class _TorchNetwork:
         self, moving: NDArray[np.float32], fixed: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         torch = self._torch
-        with torch.inference_mode():
+        # torch lets cuDNN round float32 convolutions to TF32 unless told otherwise; a displacement
+        # of 20 voxels would be off by hundredths of one.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.inference_mode(), exact:
             inputs = [torch.from_numpy(x)[None, None].to(self._device) for x in (moving, fixed)]
             disp = self._model.predict(*inputs).disp
             return np.asarray(disp[0].float().cpu().numpy())
