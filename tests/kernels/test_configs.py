@@ -1,0 +1,120 @@
+"""The table of launch configurations: complete, usable, and a pure function."""
+
+import ast
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from _support.project import modules
+from ulae_rt.kernels import _configs
+from ulae_rt.kernels._configs import TABLE, LaunchConfig, Line, launch_config
+
+ARCHITECTURES = (0, 75, 80, 86, 89, 90, 100, 103, 120)
+DTYPES = (torch.float16, torch.float32, torch.float64)
+
+
+def nodes() -> Iterator[ast.AST]:
+    """The source of the kernels, without the table itself."""
+    for name, file in modules().items():
+        if name.startswith("ulae_rt.kernels.") and name != _configs.__name__:
+            yield from ast.walk(ast.parse(file.read_text()))
+
+
+def lines() -> list[tuple[str, Line]]:
+    return [(name, line) for name, table in TABLE.items() for line in table]
+
+
+def test_launchers_ask_for_what_the_table_has() -> None:
+    asked = {
+        node.args[0].value
+        for node in nodes()
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split(".")[-1] == "launch_config"
+        and isinstance(node.args[0], ast.Constant)
+    }
+    assert asked
+    assert asked <= set(TABLE)
+
+
+def test_every_entry_of_the_table_is_named_by_a_launcher() -> None:
+    # Some choose between two names and pass a variable.
+    named = {node.value for node in nodes() if isinstance(node, ast.Constant)}
+    assert set(TABLE) <= named
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_last_line_alone_has_no_condition(name: str) -> None:
+    unconditional = [
+        line.width_at_most is None and line.itemsize is None and line.archs is None
+        for line in TABLE[name]
+    ]
+    assert unconditional == [False] * (len(unconditional) - 1) + [True]
+
+
+@pytest.mark.parametrize(("name", "line"), lines())
+def test_tiles_and_warps_are_what_triton_takes(name: str, line: Line) -> None:
+    tile, warps = line.config.tile, line.config.warps
+    assert tile
+    assert all(size > 0 and size & (size - 1) == 0 for size in tile)
+    assert warps in (1, 2, 4, 8, 16)
+    assert math.prod(tile) <= 2**20  # Triton's limit of a tensor
+
+
+@pytest.mark.parametrize(("name", "line"), lines())
+def test_every_lane_has_work_but_not_too_much(name: str, line: Line) -> None:
+    if line.archs == (0,):
+        assert line.config.warps == 1  # the interpreter has none
+    else:
+        lanes = 32 * line.config.warps
+        assert lanes <= math.prod(line.config.tile) <= 128 * lanes
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_shape_type_and_architecture_has_one(name: str, arch: int) -> None:
+    for dtype in DTYPES:
+        for width in (1, 16, 17, 160, 10_000):
+            config = launch_config(name, width, dtype, arch)
+            assert config == launch_config(name, width, dtype, arch)
+            assert config in [line.config for line in TABLE[name]]
+
+
+def test_first_line_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, c, d = (LaunchConfig(tile=(32 << i,), warps=1) for i in range(4))
+    table = (
+        Line(a, archs=(80, 86)), Line(b, width_at_most=16), Line(c, itemsize=2, archs=(90,)),
+        Line(d),
+    )  # fmt: skip
+    monkeypatch.setitem(_configs.TABLE, "toy", table)
+    assert launch_config("toy", 16, torch.float32, 86) == a
+    assert launch_config("toy", 16, torch.float16, 90) == b
+    assert launch_config("toy", 17, torch.float16, 90) == c
+    assert launch_config("toy", 17, torch.float16, 100) == d
+    assert launch_config("toy", 17, torch.float32, 90) == d
+
+
+def test_table_without_a_last_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LaunchConfig(tile=(32,), warps=1)
+    monkeypatch.setitem(_configs.TABLE, "toy", (Line(config, archs=(80,)),))
+    with pytest.raises(AssertionError, match="last line"):
+        launch_config("toy", 1, torch.float32, 90)
+
+
+def autotuned(source: str) -> bool:
+    return any(
+        isinstance(node, ast.Name | ast.Attribute)
+        and ast.unparse(node).split(".")[-1] == "autotune"
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_nothing_is_tuned_at_run_time(name: str) -> None:
+    assert not autotuned(modules()[name].read_text())
+
+
+def test_the_guard_sees_autotune() -> None:
+    assert autotuned("@triton.autotune(configs=[], key=[])\ndef kernel(): ...")
+    assert autotuned("autotune(configs)")
