@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import ulae_rt
+from ulae_rt import env
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
@@ -147,8 +148,8 @@ def _capabilities() -> list[Check]:
         return [
             _weights(),
             _torch(torch),
-            _cuda(torch),
-            _triton(),
+            cuda := _cuda(torch),
+            _triton(torch, cuda),
             *_onnxruntime(),
             _tensorrt("tensorrt", "tensorrt"),
             _tensorrt("tensorrt_rtx", "tensorrt-rtx"),
@@ -211,12 +212,25 @@ def _cuda(torch: ModuleType | str) -> Check:
     return Check(name, True, f"torch for CUDA {torch.version.cuda}, {devices} device(s)")
 
 
-def _triton() -> Check:
+def _triton(torch: ModuleType | str, cuda: Check) -> Check:
+    """Whether CUDA tensors can take the Triton kernels; where they cannot, the references run."""
+    name = "Triton kernels"
     triton = _load("triton")
-    found = triton if isinstance(triton, str) else f"triton {triton.__version__}"
-    return Check(
-        "Triton kernels", False, f"not in this version ({found})", "the reference operations run"
-    )
+    if isinstance(triton, str) or isinstance(torch, str):
+        missing = triton if isinstance(triton, str) else torch
+        detail = f"{missing}; the reference operations run"
+        return Check(name, False, detail, "where there is a GPU: pip install 'ulae-rt[gpu]'")
+    found = f"triton {triton.__version__}"
+    if not cuda.ok:
+        detail = f"{found} but no CUDA device; the reference operations run"
+        return Check(name, False, detail, "TRITON_INTERPRET=1 runs them on the CPU, only for tests")
+    if env.triton_interprets():
+        detail = f"{found}, which TRITON_INTERPRET=1 makes run them in Python, only for tests"
+        return Check(name, False, detail, "unset TRITON_INTERPRET")
+    if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
+        detail = f"{found}, but no C compiler, which it starts kernels with"
+        return Check(name, False, detail, "install gcc, or set ULAE_RT_KERNELS=reference")
+    return Check(name, True, f"{found}: CUDA tensors take them")
 
 
 def _onnxruntime() -> Iterator[Check]:

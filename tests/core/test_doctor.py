@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -63,6 +65,56 @@ def test_broken_libraries_are_rows_not_tracebacks(tmp_path: Path, source: str) -
         assert "installed but" in rows[name]["detail"]
         assert "\n" not in rows[name]["detail"]
         assert rows[name]["hint"]
+
+
+MODULE = ModuleType("library")
+MODULE.__version__ = "9.1"  # type: ignore[attr-defined]
+A_GPU = doctor.Check("--device cuda", True, "torch for CUDA")
+NO_GPU = doctor.Check("--device cuda", False, "a build without CUDA", "install another")
+
+
+def triton_row(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    triton: ModuleType | str = MODULE,
+    torch: ModuleType | str = MODULE,
+    cuda: doctor.Check = A_GPU,
+    compiler: str | None = "/usr/bin/gcc",
+    interprets: bool = False,
+) -> doctor.Check:
+    monkeypatch.setattr(doctor, "_load", {"triton": triton}.__getitem__)
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: compiler)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interprets else "0")
+    return doctor._triton(torch, cuda)
+
+
+def test_kernels_are_usable_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = triton_row(monkeypatch)
+    assert row == doctor.Check("Triton kernels", True, "triton 9.1: CUDA tensors take them")
+    assert not triton_row(monkeypatch, compiler=None).ok
+    monkeypatch.setenv("CC", "tcc")
+    assert doctor._triton(MODULE, A_GPU).ok
+
+
+@pytest.mark.parametrize(
+    ("missing", "detail", "hint"),
+    [
+        ({"triton": "triton is not installed"}, "not installed; the reference", "ulae-rt[gpu]"),
+        ({"torch": "torch is not installed"}, "not installed; the reference", "ulae-rt[gpu]"),
+        ({"cuda": NO_GPU}, "9.1 but no CUDA device; the reference", "only for tests"),
+        ({"interprets": True}, "9.1, which TRITON_INTERPRET=1", "unset TRITON_INTERPRET"),
+        ({"compiler": None}, "9.1, but no C compiler", "install gcc"),
+    ],
+    ids=["no-triton", "no-torch", "no-gpu", "interpreter", "no-compiler"],
+)
+def test_kernels_that_cannot_be_used_say_why(
+    missing: dict[str, Any], detail: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = triton_row(monkeypatch, **missing)
+    assert not row.ok
+    assert detail in row.detail
+    assert hint in row.hint
 
 
 def test_greetings_of_libraries_do_not_spoil_the_json(tmp_path: Path) -> None:

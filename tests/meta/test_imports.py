@@ -59,6 +59,12 @@ def test_no_import_initialises_cuda(module: str) -> None:
     loaded_by(f"import {module}", before=NO_CUDA)
 
 
+def test_kernels_import_without_triton() -> None:
+    names = loaded_by("import ulae_rt.kernels, ulae_rt.kernels.resources", before="import torch")
+    assert "ulae_rt.kernels.warp.op" in names
+    assert "triton" not in third_party(names)
+
+
 def test_no_import_touches_logging() -> None:
     statement = (
         "import logging, ulae_rt.kernels, ulae_rt.model\n"
