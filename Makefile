@@ -66,12 +66,22 @@ bench: $(STAMP)  ## run the benchmarks
 kernel-table: $(STAMP)  ## compile the kernels for every GPU and show what each takes of it
 	$(BIN)/python -P -m ulae_rt.kernels.resources $(ARGS)
 
-# A borrowed GPU machine has torch, triton, numpy and pytest-benchmark, and nothing can be installed
-# on it: build/path shows the four folders as the one package that an installation would make.
-bench-gpu:  ## run the benchmarks with this machine's own python3, without installing anything
-	@rm -rf build/path && mkdir -p build/path/ulae_rt
-	@ln -s $(addprefix ../../../,$(wildcard ulae_rt/*) kernels export engines) build/path/ulae_rt/
-	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path" python3 -m pytest bench $(ARGS)
+# A borrowed GPU machine has torch, triton, numpy, pytest and pytest-benchmark, and nothing can be
+# installed on it: build/path shows the four folders as the one package that an installation would
+# make. Its versions are its own: what they warn of is shown, and fails nothing.
+BARE_PYTEST = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path" python3 -m pytest -W default
+# What the kernels are tested by, and imports no more than that machine has.
+GPU_TESTS = $(wildcard tests/kernels/test_*_kernel.py) tests/kernels/test_resize.py tests/kernels/test_gpu.py
+
+build/path:
+	@rm -rf $@ && mkdir -p $@/ulae_rt
+	@ln -s $(addprefix ../../../,$(wildcard ulae_rt/*) kernels export engines) $@/ulae_rt/
+
+test-gpu: build/path  ## run the kernels' tests with this machine's own python3, without installing anything
+	$(BARE_PYTEST) $(GPU_TESTS) $(ARGS)
+
+bench-gpu: build/path  ## run the benchmarks in the same way
+	$(BARE_PYTEST) bench $(ARGS)
 
 clean:  ## remove everything that was built, and the environment
 	rm -rf $(VENV) build dist $(DEMO) *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
