@@ -115,7 +115,9 @@ class Step:
         """Launch step ``step`` on this process's micro-batches, with the learning rate ``rate``."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        self._add_gradients(batches)
+        # "fp32" is to mean that: torch lets cuDNN round to TF32 unless told otherwise.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            self._add_gradients(batches)
         self.processes.add_up(self._sums)
         finite = self._sums.isfinite().all()
         torch.maximum(self._refused, finite.logical_not().float(), out=self._refused)

@@ -48,7 +48,8 @@ def validate(
     rows = []
     for moving, fixed in pairs:
         images = [load_scan(path, pool)[None].to(device) for path in (moving, fixed)]
-        disp = upsample_displacement(model.predict(*images).disp, pool)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as register does
+            disp = upsample_displacement(model.predict(*images).disp, pool)
         source, target = load_labels(moving), load_labels(fixed)
         moved = carry_labels(source, disp)
         folded = jacobian_determinant(disp)[0] <= 0
