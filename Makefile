@@ -20,7 +20,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format kernel-table bench bench-gpu clean
+.PHONY: help install demo test check format kernel-table bench bench-gpu tune-gpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -82,6 +82,9 @@ test-gpu: build/path  ## run the kernels' tests with this machine's own python3,
 
 bench-gpu: build/path  ## run the benchmarks in the same way
 	$(BARE_PYTEST) bench $(ARGS)
+
+tune-gpu: build/path  ## measure launch configurations and propose lines for kernels/_configs.py
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path:$(CURDIR)/bench" python3 bench/tune.py $(ARGS)
 
 clean:  ## remove everything that was built, and the environment
 	rm -rf $(VENV) build dist $(DEMO) *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

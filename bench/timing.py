@@ -70,13 +70,13 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
-def record(name: str, rows: dict[str, Any]) -> Path:
+def record(name: str, rows: dict[str, Any], program: str = "pytest") -> Path:
     """Write raw rounds and machine as ``results/<name>-<machine>-<date>-<commit>.json``."""
     facts = machine()
     where = (facts["gpu"] or f"cpu{facts['cores']}").replace(" ", "-").lower()
     today = datetime.date.today().isoformat()
     path = RESULTS / f"{name}-{where}-{today}-{commit()}.json"
-    command = " ".join(["pytest", *sys.argv[1:]])
+    command = " ".join([program, *sys.argv[1:]])
     content = {
         "date": today,
         "commit": commit(),
