@@ -166,7 +166,9 @@ def step_displacement(state: State, step: int, moving: Tensor, fixed: Tensor) ->
 def warp(image: Tensor, disp: Tensor) -> Tensor:
     """image(p + disp(p)) with the grid normalised as the released code does; axes of size > 1."""
     sizes = image.shape[2:]
-    lattice = torch.meshgrid(*[torch.arange(s, dtype=disp.dtype) for s in sizes], indexing="ij")
+    lattice = torch.meshgrid(
+        *[torch.arange(s, dtype=disp.dtype, device=disp.device) for s in sizes], indexing="ij"
+    )
     columns = [
         2 * ((lattice[axis] + disp[:, axis]) / (sizes[axis] - 1) - 0.5) for axis in (2, 1, 0)
     ]
@@ -220,7 +222,7 @@ def package_state(state: State, variant: str) -> State:
 
 def ncc(x: Tensor, y: Tensor, window: int, eps: float = 1e-5) -> Tensor:
     """One channel; window sums by a convolution with ones."""
-    ones = torch.ones(1, 1, window, window, window, dtype=x.dtype)
+    ones = x.new_ones(1, 1, window, window, window)
 
     def box(image: Tensor) -> Tensor:
         return F.conv3d(image, ones, padding=window // 2)
