@@ -57,13 +57,16 @@ TOL = {
     "lncc offset 1000 float32": Tolerance(
         0.05, "0.023 measured: S^2 / n is 7e8, float32 steps by 64, a variance is 60"
     ),
+    "lncc kernel offset float32": Tolerance(1e-5, "TBD"),
+    "lncc kernel gradient float32": Tolerance(1e-3, "TBD"),
     "lncc flat float32": Tolerance(0.02, "rounding of S^2 / n against eps alone"),
     # Training.
     "losses of 4 steps": Tolerance(1e-5, "sums in another order; 4e-7 measured"),
     "losses of 20 steps": Tolerance(
         1e-3,
         "1.3e-4 measured between two CPU convolutions (48^3, 8 channels) while the loss falls by "
-        "0.4: Adam takes a whole step even along a gradient that is all rounding",
+        "0.4: Adam takes a whole step even along a gradient that is all rounding; 1.8e-7 between "
+        "Triton's interpreter and the reference (16^3, 2 channels)",
     ),
     "lncc gradient float32": Tolerance(1e-3, "of the largest: two cancelling terms where flat"),
 }
