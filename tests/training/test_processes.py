@@ -20,7 +20,7 @@ from ulae_rt.training import loop
 from ulae_rt.training.config import read_config
 from ulae_rt.training.data import PairDataset, find_scans
 
-PATIENCE = 120
+PATIENCE = 240
 
 # What a process under torchrun runs: the command, with something broken first.
 SCRIPT = """
