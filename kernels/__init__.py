@@ -7,7 +7,7 @@ other. Conventions: :mod:`ulae_rt.conventions`.
 
 from ulae_rt.kernels.compose.op import compose
 from ulae_rt.kernels.diffusion.op import diffusion, diffusion_with_gradient
-from ulae_rt.kernels.lncc.op import lncc, multi_window_lncc
+from ulae_rt.kernels.lncc.op import lncc, multi_window_lncc, weighted_lncc
 from ulae_rt.kernels.resize.op import resize_displacement
 from ulae_rt.kernels.warp.op import warp
 from ulae_rt.kernels.warp_compose.op import warp_compose
@@ -21,4 +21,5 @@ __all__ = [
     "resize_displacement",
     "warp",
     "warp_compose",
+    "weighted_lncc",
 ]

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ulae_rt.kernels import diffusion, multi_window_lncc
+from ulae_rt.kernels import diffusion, weighted_lncc
 
 # A voxel counts as about to fold below this Jacobian determinant.
 FOLDING_MARGIN = 0.1
@@ -50,9 +49,8 @@ def registration_loss(
 
     Source: ULAE-net, Eq. 3 to 5.
     """
-    means = multi_window_lncc(moved, fixed, windows)
-    # Factors that are no tensors: bringing one to the device would make the host wait for it.
-    similarity = -torch.stack([gamma**i * mean for i, mean in enumerate(means)]).sum()
+    weights = [gamma**i for i in range(len(windows))]
+    similarity = -weighted_lncc(moved, fixed, windows, weights)[0]
     smooth = diffusion(disp)
     fold = folding_penalty(disp) if folding else smooth.new_zeros(())
     return Loss(similarity + smoothness * smooth + folding * fold, similarity, smooth, fold)

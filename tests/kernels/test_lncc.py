@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from _support import plain_ulae as plain
 from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import noise, smooth_image
-from ulae_rt.errors import BackendUnavailable, DtypeError, ShapeError, UsageError
-from ulae_rt.kernels import lncc, multi_window_lncc
+from ulae_rt.errors import DtypeError, ShapeError, UsageError
+from ulae_rt.kernels import lncc, multi_window_lncc, weighted_lncc
 from ulae_rt.kernels.lncc.reference import box_sum
 
 SHAPES = [
@@ -230,6 +231,28 @@ def test_gradient_in_float32() -> None:
     assert_close("gradient", grads[1] / scale, grads[0] / scale, TOL["lncc gradient float32"])
 
 
+# The weighted sum
+
+
+def test_weighted_sum() -> None:
+    x = noise(1, 2, 6, 5, 7, seed=1).requires_grad_()
+    y = noise(1, 2, 6, 5, 7, seed=2).requires_grad_()
+    weights = (1.0, -0.5, 0.0)
+    total, means = weighted_lncc(x, y, (5, 3, 7), weights)
+    plainly = multi_window_lncc(x, y, (5, 3, 7))
+    assert total.ndim == 0
+    assert not means.requires_grad
+    assert_equal("means", means, plainly.detach())
+    expected = plainly[0] - 0.5 * plainly[1]
+    assert_close("total", total, expected, TOL["op float64"])
+    wanted = torch.autograd.grad(3 * expected, [x, y])
+    for name, a, b in zip("xy", torch.autograd.grad(3 * total, [x, y]), wanted, strict=True):
+        assert_close(name, a, b, TOL["op float64"])
+    with torch.no_grad():
+        assert weighted_lncc(x, y, (5,), (1.0,))[0].grad_fn is None
+    assert weighted_lncc(x.half(), y.bfloat16(), (5,), (1.0,))[0].dtype == torch.float32
+
+
 # Types and layouts
 
 
@@ -267,9 +290,10 @@ def test_nan_shows() -> None:
 # Bad input
 
 
-def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input() -> None:
     x = torch.zeros(1, 1, 4, 4, 4)
-    for op in (lncc, multi_window_lncc):
+    weighted = partial(weighted_lncc, windows=(3,), weights=(1.0,))
+    for op in (lncc, multi_window_lncc, weighted):
         with pytest.raises(ShapeError, match=r"lncc: x has shape \(4, 4, 4\), expected \(B, C, D"):
             op(x[0, 0], x)
         with pytest.raises(ShapeError, match=r"lncc: y has shape \(1, 1, 4, 4, 3\), expected \(1"):
@@ -285,6 +309,5 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         multi_window_lncc(x, x, windows=(9, 6))
     with pytest.raises(UsageError, match="windows is empty, expected at least one odd size"):
         multi_window_lncc(x, x, windows=())
-    monkeypatch.setenv("ULAE_RT_KERNELS", "triton")
-    with pytest.raises(BackendUnavailable, match="ULAE_RT_KERNELS=triton was asked for"):
-        lncc(x, x)
+    with pytest.raises(UsageError, match="2 weights for 3 windows, expected one for each"):
+        weighted_lncc(x, x, (11, 9, 7), (1.0, 0.5))

@@ -13,6 +13,7 @@ NAMES = {
     "ulae_rt.model": {"UlaeNet"},
     "ulae_rt.kernels": {
         "compose", "diffusion", "lncc", "multi_window_lncc", "warp", "warp_compose",
+        "weighted_lncc",
     },
     "ulae_rt.engines": {"load_engine"},
 }  # fmt: skip
@@ -27,6 +28,9 @@ SIGNATURES = {
     ("ulae_rt.kernels", "lncc"): {"x": EMPTY, "y": EMPTY, "window": 9, "eps": 1e-5},
     ("ulae_rt.kernels", "multi_window_lncc"): {
         "x": EMPTY, "y": EMPTY, "windows": (11, 9, 7), "eps": 1e-5,
+    },
+    ("ulae_rt.kernels", "weighted_lncc"): {
+        "x": EMPTY, "y": EMPTY, "windows": EMPTY, "weights": EMPTY, "eps": 1e-5,
     },
     ("ulae_rt.kernels", "diffusion"): {"disp": EMPTY},
     ("ulae_rt.engines", "load_engine"): {"device": "auto"},
