@@ -109,6 +109,8 @@ def package(
                 differentiate()
         torch.cuda.current_stream().wait_stream(aside)
         recorded = torch.cuda.CUDAGraph()
+        # A replay allocates nothing: what it needs is what the recording took.
+        torch.cuda.reset_peak_memory_stats()
         with torch.cuda.graph(recorded):
             loss = differentiate()
 
@@ -123,6 +125,7 @@ def package(
         optimiser.step()
         return value
 
+    step.recorded = graph  # type: ignore[attr-defined]
     return step
 
 
@@ -152,7 +155,7 @@ def compiled_contenders(sizes: Sizes) -> dict[str, Callable[[], Step]]:
 
 
 class Contender:
-    """One prepared, and the peak memory that it and its steps took."""
+    """One prepared, and the peak memory of its weights, its optimiser and one of its steps."""
 
     def __init__(self, make: Callable[[], Step]) -> None:
         gc.collect()
@@ -161,13 +164,18 @@ class Contender:
         before = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         self.step = make()
-        self.losses = [float(self.step()) for _ in range(WARM_UPS if on_gpu else 1)]
+        self.losses = [float(self.step())]
         timing.synchronise()
         self.first_seconds = time.perf_counter() - started
-        if on_gpu:  # with what a graph keeps, and what is there once
+        if on_gpu:
+            if not getattr(self.step, "recorded", False):
+                # After the first steps, in which cuDNN tries algorithms with memory of any size.
+                self.losses += [float(self.step()) for _ in range(WARM_UPS)]
+                torch.cuda.reset_peak_memory_stats()
+                self.step()
+                timing.synchronise()
             self.peak_bytes = torch.cuda.max_memory_allocated() - before
 
     def __call__(self) -> float:
