@@ -6,15 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ulae_rt.kernels.norm_activate.reference import NEGATIVE_SLOPE, NORM_EPS
 from ulae_rt.model import UlaeNet
-from ulae_rt.model.blocks import (
-    NEGATIVE_SLOPE,
-    NORM_EPS,
-    ConvBlock,
-    FoldedWeights,
-    MovingBlock,
-    conv3d,
-)
+from ulae_rt.model.blocks import ConvBlock, FoldedWeights, MovingBlock, conv3d
 
 
 class InferenceGraph(nn.Module):

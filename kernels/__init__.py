@@ -8,7 +8,9 @@ other. Conventions: :mod:`ulae_rt.conventions`.
 from ulae_rt.kernels.compose.op import compose
 from ulae_rt.kernels.diffusion.op import diffusion, diffusion_with_gradient
 from ulae_rt.kernels.lncc.op import lncc, multi_window_lncc, weighted_lncc
+from ulae_rt.kernels.norm_activate.op import norm_activate
 from ulae_rt.kernels.resize.op import resize_displacement
+from ulae_rt.kernels.upsample_concat.op import upsample_concat
 from ulae_rt.kernels.warp.op import warp
 from ulae_rt.kernels.warp_compose.op import warp_compose
 
@@ -18,7 +20,9 @@ __all__ = [
     "diffusion_with_gradient",
     "lncc",
     "multi_window_lncc",
+    "norm_activate",
     "resize_displacement",
+    "upsample_concat",
     "warp",
     "warp_compose",
     "weighted_lncc",

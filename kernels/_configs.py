@@ -64,6 +64,24 @@ _COLUMNS = (
     Line(LaunchConfig(tile=(8, 32, 32), warps=1), archs=(0,)),
     Line(LaunchConfig(tile=(16, 16, 32), warps=4)),
 )
+# Elements: rows of channels by as many voxels as there is room for. The interpreter adds up a
+# column one by one, which would show in float32: short ones.
+_ROWS = (
+    Line(LaunchConfig(tile=(64,), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(2048,), warps=4), itemsize=8),
+    Line(LaunchConfig(tile=(8192,), warps=4)),
+)
+# Rows to march through, and elements: channels of a row of voxels, eight a lane. Widths of 160 and
+# 192 are multiples of the 32 voxels that 16 channels leave, and their halves of 16.
+_UPSAMPLED = (
+    Line(LaunchConfig(tile=(4, 1024), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(8, 512), warps=2)),
+)
+# Four sums a channel: half as many channels a lane, or they take all registers.
+_GATHERED = (
+    Line(LaunchConfig(tile=(1024,), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(256,), warps=2)),
+)
 # One program adds up what the others left, with enough of it in flight at a time.
 _SUMS = (
     Line(LaunchConfig(tile=(1024,), warps=1), archs=(0,)),
@@ -83,8 +101,12 @@ TABLE: dict[str, tuple[Line, ...]] = {
     "lncc_planes": _MARCH,
     "lncc_score": _MARCH,
     "lncc_spread_planes": _MARCH,
+    "norm_activate": _ROWS,
+    "norm_activate_merge": _SUMS,
     "resize_backward": _FLAT,
     "resize_forward": _SAMPLING,
+    "upsample_concat_backward": _GATHERED,
+    "upsample_concat_forward": _UPSAMPLED,
     "warp_backward": _SAMPLING,
     "warp_compose_backward": _SAMPLING,
     "warp_compose_forward": _SAMPLING,

@@ -41,6 +41,9 @@ TOL = {
     "op float32": Tolerance(
         1e-5, "values up to 4; coordinates of up to 25 voxels carry 2e-6 in float32"
     ),
+    "norm float32": Tolerance(
+        2e-6, "values up to 2 and means of 256 of them; an offset of 1e4 is subtracted exactly"
+    ),
     "identity": Tolerance(
         2e-6, "a float32 coordinate below 23, normalised and back, is itself within 1.1e-6"
     ),

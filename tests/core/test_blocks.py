@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from _support.nets import small_net
-from ulae_rt.model.blocks import MovingBlock, norm_activate
+from ulae_rt.kernels import norm_activate
+from ulae_rt.model.blocks import MovingBlock
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -13,7 +13,7 @@ from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import noise, smooth_image
 from ulae_rt.errors import ShapeError, UsageError
 from ulae_rt.model import RegistrationOutput, UlaeNet
-from ulae_rt.model.blocks import ConvBlock, MovingBlock, _strided_conv3d, norm_activate
+from ulae_rt.model.blocks import ConvBlock, MovingBlock, _strided_conv3d
 
 VARIANTS = ("paper", "release")
 SIZES = (32, 48, 32)
@@ -340,34 +340,6 @@ def test_folded_moving_block_and_its_gradients(dilation: int, sizes: tuple[int, 
 
 
 # Layers
-
-
-@pytest.mark.parametrize("shape", [(1, 2, 3, 4, 5), (2, 3, 4, 3, 2)], ids=str)
-def test_norm_activate_gradient(shape: tuple[int, ...]) -> None:
-    x = (4 * noise(*shape) - 2).requires_grad_()
-    assert torch.autograd.gradcheck(norm_activate, (x,))
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
-def test_norm_activate_is_instance_norm_and_leaky_relu(layout: torch.memory_format) -> None:
-    x = (4 * noise(2, 3, 5, 7, 4) + 3).contiguous(memory_format=layout).requires_grad_()
-    upstream = noise(2, 3, 5, 7, 4, seed=1) - 0.5
-    expected = F.leaky_relu(F.instance_norm(x, eps=1e-5), 0.2)
-    (wanted,) = torch.autograd.grad((expected * upstream).sum(), x)
-    actual = norm_activate(x)
-    (got,) = torch.autograd.grad((actual * upstream).sum(), x)
-    assert_close("forward", actual, expected, TOL["block float64"])
-    assert_close("gradient", got, wanted, TOL["block float64"])
-    with torch.no_grad():
-        assert_equal("without gradients", norm_activate(x), actual.detach())
-
-
-def test_norm_activate_of_constants_is_zero() -> None:
-    x = torch.full((1, 2, 3, 3, 3), 7.0, requires_grad=True)
-    y = norm_activate(x)
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    assert_equal("forward", y.detach(), torch.zeros_like(x))
-    assert torch.isfinite(grad).all()
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 3, 4, 6, 8, 9, 12])

@@ -4,14 +4,14 @@ Features travel as channels_last_3d: with it torch's CPU convolutions run up to 
 and in bf16 up to five times (bench/NOTES.md).
 """
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NEGATIVE_SLOPE = 0.2
-NORM_EPS = 1e-5
+from ulae_rt.kernels.norm_activate.op import norm_activate
+from ulae_rt.kernels.norm_activate.reference import NEGATIVE_SLOPE
 
 
 def as_features(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,95 +32,6 @@ def conv3d(
     weight = as_features(weight, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv3d(x, weight, bias, stride, padding, dilation)
-
-
-class _NormActivate(torch.autograd.Function):
-    """Forward as :func:`norm_activate`; the backward in closed form.
-
-    torch's backward of the group norm is slow on channels_last_3d (forward and backward of 16
-    channels, 80x96x80, bf16, two cores: 253 ms, with this one 55 ms). Only the output is kept,
-    which the next convolution keeps anyway: with h the normalised input and g the gradient after
-    the activation's,
-
-        dx = rstd * (g - mean(g) - h * mean(g * h)),  h = y where y > 0, y / 0.2 elsewhere.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, rstd = _norm_activate(x)
-        ctx.save_for_backward(y, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        y, rstd = ctx.saved_tensors
-        h = F.leaky_relu(y, 1 / NEGATIVE_SLOPE)
-        g: Tensor = torch.ops.aten.leaky_relu_backward(grad, y, NEGATIVE_SLOPE, True)
-        voxels = y[0, 0].numel()
-        mean_g = g.sum(dim=(2, 3, 4), keepdim=True) / voxels
-        mean_gh = (g * h).sum(dim=(2, 3, 4), keepdim=True) / voxels
-        grad_x: Tensor = (g - mean_g - h * mean_gh) * rstd[:, :, None, None, None]
-        return grad_x
-
-
-def _norm_activate(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The result, and 1 / sqrt(variance + eps) as (B, C)."""
-    y, rstd = _normalise_planes(x) if _sums_badly(x) else _normalise(x)
-    return F.leaky_relu_(y, NEGATIVE_SLOPE), rstd
-
-
-def _sums_badly(x: Tensor) -> bool:
-    # In channels_last_3d torch's CPU adds up a whole channel in one float32: at 160x192x160 the
-    # normalised features are off by 6e-3, at 2^16 voxels by less than 1e-4. Half precision rounds
-    # by more than that anyway.
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x[0, 0].numel() > 2**16
-        and x.is_contiguous(memory_format=torch.channels_last_3d)
-        and not x.is_contiguous()
-    )
-
-
-def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
-    # A group norm of one channel a group is the instance norm, and the one of the two that
-    # torch's CPU runs on channels_last_3d without a copy to the default layout and back.
-    batch, channels, *sizes = x.shape
-    voxels = sizes[0] * sizes[1] * sizes[2]
-    y, _, rstd = torch.native_group_norm(x, None, None, batch, channels, voxels, channels, NORM_EPS)
-    return y, rstd
-
-
-def _normalise_planes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each plane by itself, then the planes' statistics merged in float64 (error 1e-5)."""
-    batch, channels, depth, height, width = x.shape
-    planes = x.transpose(1, 2).reshape(batch * depth, channels, height, width)
-    y, *statistics = torch.native_group_norm(
-        planes, None, None, batch * depth, channels, height * width, channels, NORM_EPS
-    )
-    mean, plane_rstd = (each.double().view(batch, depth, channels) for each in statistics)
-    offset = mean - mean.mean(dim=1, keepdim=True)
-    variance = plane_rstd**-2 - NORM_EPS
-    rstd = ((variance + offset**2).mean(dim=1, keepdim=True) + NORM_EPS).rsqrt()
-    scale, shift = (
-        each.to(y.dtype).view(batch * depth, channels, 1, 1)
-        for each in (rstd / plane_rstd, rstd * offset)
-    )
-    torch.addcmul(shift, y, scale, out=y)
-    y = y.view(batch, depth, channels, height, width).transpose(1, 2)
-    return y, rstd[:, 0].to(y.dtype)
-
-
-def norm_activate(x: Tensor) -> Tensor:
-    """InstanceNorm without affine, then LeakyReLU(0.2); (B, C, D, H, W) to the same shape."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _NormActivate.apply(x)  # type: ignore[no-any-return]
-    return _norm_activate(x)[0]
-
-
-def upsample2(x: Tensor) -> Tensor:
-    """(B, C, D, H, W) to twice the size, trilinear, ``align_corners=False``."""
-    return F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False)
 
 
 class ConvBlock(nn.Sequential):

@@ -1,0 +1,1 @@
+"""The op ``norm_activate``."""

@@ -1,0 +1,1 @@
+"""The op ``upsample_concat``."""

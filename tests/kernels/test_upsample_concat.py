@@ -1,0 +1,64 @@
+"""``upsample_concat`` by its reference: against a plain computation, and what must hold."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from _support.tolerances import TOL, assert_close, assert_equal
+from _support.volumes import noise
+from ulae_rt.errors import DtypeError, ShapeError
+from ulae_rt.kernels import upsample_concat
+
+
+def upsampled(x: Tensor, axis: int) -> Tensor:
+    """Fine voxel i takes 3/4 of i // 2 and 1/4 of the next on its side, or of itself at a face."""
+    size = x.shape[axis]
+    fine = torch.arange(2 * size)
+    near = fine // 2
+    far = (near + 2 * (fine % 2) - 1).clamp(0, size - 1)
+    return 0.75 * x.index_select(axis, near) + 0.25 * x.index_select(axis, far)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 4, 5), (1, 2, 1, 3, 2), (1, 1, 1, 1, 1)], ids=str)
+def test_against_plain(shape: tuple[int, ...]) -> None:
+    x = noise(*shape)
+    skip = noise(shape[0], 2, *(2 * size for size in shape[2:]), seed=1)
+    out = upsample_concat(x, skip)
+    expected = upsampled(upsampled(upsampled(x, 2), 3), 4)
+    assert_close("upsampled", out[:, : shape[1]], expected, TOL["op float64"])
+    assert_equal("skip", out[:, shape[1] :], skip)
+
+
+def test_against_interpolate() -> None:
+    x, skip = noise(2, 3, 3, 4, 5), noise(2, 1, 6, 8, 10, seed=1)
+    fine = F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False)
+    assert_equal("interpolate", upsample_concat(x, skip)[:, :3], fine)
+
+
+def test_of_a_constant_is_that_constant() -> None:
+    out = upsample_concat(torch.full((1, 2, 2, 3, 4), 7.0), torch.zeros(1, 1, 4, 6, 8))
+    assert_equal("constant", out[:, :2], torch.full((1, 2, 4, 6, 8), 7.0))
+
+
+def test_gradcheck() -> None:
+    x, skip = noise(1, 2, 2, 3, 1).requires_grad_(), noise(1, 1, 4, 6, 2).requires_grad_()
+    assert torch.autograd.gradcheck(upsample_concat, (x, skip))
+
+
+def test_bad_input() -> None:
+    x, skip = torch.zeros(1, 2, 3, 4, 5), torch.zeros(1, 1, 6, 8, 10)
+    with pytest.raises(ShapeError, match=r"upsample_concat: x has shape \(2, 3, 4, 5\), expected"):
+        upsample_concat(x[0], skip)
+    with pytest.raises(ShapeError, match=r"skip has shape \(1, 6, 8, 10\), expected \(B, C, D"):
+        upsample_concat(x, skip[0])
+    with pytest.raises(ShapeError, match=r"skip has shape \(1, 1, 6, 8, 9\), expected \(1, 1, 6, "):
+        upsample_concat(x, skip[..., 1:])
+    with pytest.raises(ShapeError, match=r"shape \(1, 1, 6, 8, 10\), expected \(2, 1, 6, 8, 10\)"):
+        upsample_concat(x.repeat(2, 1, 1, 1, 1), skip)
+    with pytest.raises(DtypeError, match=r"skip is torch\.float16, expected torch\.float32 as x"):
+        upsample_concat(x, skip.half())
+    with pytest.raises(DtypeError, match=r"upsample_concat: x is torch\.int64, expected a float"):
+        upsample_concat(x.long(), skip)
+    with pytest.raises(ShapeError, match="skip is on meta, expected cpu as x"):
+        upsample_concat(x, skip.to("meta"))
