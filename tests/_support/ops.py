@@ -149,9 +149,8 @@ OPS = {
     "weighted_lncc": OpCase(weighted_total, _two_images),
     "diffusion": OpCase(kernels.diffusion, _field),
     "norm_activate": OpCase(kernels.norm_activate, _one_of_features, kinked=True),
+    "upsample_concat": OpCase(kernels.upsample_concat, _two_of_features),
 }
-if hasattr(kernels, "upsample_concat"):
-    OPS["upsample_concat"] = OpCase(kernels.upsample_concat, _two_of_features)
 
 
 def outputs_of(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
@@ -160,13 +159,13 @@ def outputs_of(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def cotangents(outputs: list[Tensor]) -> list[Tensor]:
-    """Fixed numbers of order 1, one an output element, to differentiate with."""
-    return [
-        torch.randn(
-            out.shape, generator=torch.Generator(out.device).manual_seed(7 + i), device=out.device
-        ).to(out.dtype)
-        for i, out in enumerate(outputs)
-    ]
+    """Fixed numbers of order 1, one an output element, to differentiate with; laid out as it is."""
+    found = []
+    for index, out in enumerate(outputs):
+        numbers = torch.Generator(out.device).manual_seed(7 + index)
+        values = torch.randn(out.shape, generator=numbers, device=out.device)
+        found.append(torch.empty_like(out).copy_(values))
+    return found
 
 
 def forward_backward(

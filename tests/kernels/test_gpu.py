@@ -248,7 +248,7 @@ def test_captured_graph(name: str, fixed_order: bool) -> None:
 # Sizes beyond 32 bits
 
 # Bytes of GPU memory an element of the largest tensor (float16), everything included.
-BATCH_BYTES = {"multi_window_lncc": 56, "weighted_lncc": 60}
+BATCH_BYTES = {"multi_window_lncc": 60, "weighted_lncc": 60}
 ON_THE_FULL_GRID = [name for name in OPS if name not in ("warp border", "warp coarse")]
 
 
@@ -355,7 +355,7 @@ def check_one_volume(sizes: Sizes, device: torch.device) -> None:
 @gpu
 def test_sampling_beyond_32_bits_in_one_volume() -> None:
     sizes = (1292, 1290, 1290)  # 2^31 and 2.5 million more
-    need_memory(42 * INT32 / 1e9)
+    need_memory(54 * INT32 / 1e9)
     check_one_volume(sizes, CUDA)
 
 
@@ -467,7 +467,7 @@ def test_norm_activate_beyond_32_bits_in_one_channel() -> None:
 CEILINGS = {
     "warp": (1, 5),  # out; and both gradients
     "warp border": (1, 5),
-    "warp coarse": (1, 7),  # the gradient on the full grid, and the passes that bring it down
+    "warp coarse": (1, 7.5),  # the gradient on the full grid, and the passes that bring it down
     "compose": (3, 9),
     "compose coarse": (3, 11.5),
     "warp_compose": (4, 11),
@@ -508,7 +508,7 @@ def test_memory_ceiling(name: str) -> None:
     del found
     leaves = [x.detach().requires_grad_() for x in inputs]
     volume = 4 * math.prod(FULL_SHAPE)
-    small = 0.1 * volume  # partial sums, and what the allocator rounds up
+    small = 0.2 * volume  # partial sums, and what the allocator rounds up
 
     def without_gradients() -> object:
         with torch.no_grad():
@@ -679,7 +679,7 @@ def test_compute_sanitizer() -> None:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         pytest.skip("compute-sanitizer took more than three minutes")
-    if "Device not supported" in done.stdout:
+    if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not support this device")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout, done.stdout[-4000:]
