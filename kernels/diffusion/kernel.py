@@ -45,9 +45,9 @@ def _column_of(D, H, W, TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.c
     return (program // deep).to(tl.int64), (program % deep) * TILE_D, h, w
 
 
-@triton.jit(do_not_specialize=["total", "D", "H", "W"])
+@triton.jit(do_not_specialize=["divisor", "D", "H", "W"])
 def _diffusion_kernel(
-    disp_ptr, weight_ptr, partials_ptr, grad_ptr, total, D, H, W,
+    disp_ptr, weight_ptr, partials_ptr, grad_ptr, divisor, D, H, W,
     LOSS: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr,
     TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def _diffusion_kernel(
     source = disp_ptr + start
     share_d, share_h, share_w = _share(D, ACC), _share(H, ACC), _share(W, ACC)
     if GRAD:
-        scale = _ratio(-2.0 * tl.load(weight_ptr).to(ACC), 3 * total, ACC)
+        scale = _ratio(-2.0 * tl.load(weight_ptr).to(ACC), divisor, ACC)
         by_d, by_h, by_w = scale * share_d, scale * share_h, scale * share_w
 
     squares_d = tl.zeros([TILE_H, TILE_W], ACC)
@@ -103,14 +103,14 @@ def _diffusion_kernel(
         tl.store(partials_ptr + tl.program_id(0), tl.sum(tl.where(mask, squares, 0.0)))
 
 
-@triton.jit(do_not_specialize=["programs", "total"])
-def _diffusion_sum_kernel(partials_ptr, loss_ptr, programs, total, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["programs", "divisor"])
+def _diffusion_sum_kernel(partials_ptr, loss_ptr, programs, divisor, TILE: tl.constexpr):
     """The loss from the programs' sums: one program, so always in the same order."""
     sums = tl.zeros([TILE], tl.float64)
     for first in range(0, programs, TILE):
         at = first + tl.arange(0, TILE)
         sums += tl.load(partials_ptr + at, mask=at < programs, other=0.0).to(tl.float64)
-    tl.store(loss_ptr, tl.sum(sums) / (3 * total).to(tl.float64))
+    tl.store(loss_ptr, tl.sum(sums) / divisor.to(tl.float64))
 
 
 def launch(
@@ -125,6 +125,7 @@ def launch(
     config = launch_config("diffusion", W, disp.dtype, _launch.architecture(disp))
     blocks = [triton.cdiv(size, tile) for size, tile in zip((D, H, W), config.tile, strict=True)]
     programs = batch * components * blocks[0] * blocks[1] * blocks[2]
+    divisor = 3 * disp.numel()  # three axes, each a mean over all elements
     accumulate = _launch.compute_dtype(disp)
     partials = _launch.allocate((programs,), accumulate, disp) if need_loss else disp
     grad = None if weight is None else _launch.allocate(disp.shape, disp.dtype, disp)
@@ -132,7 +133,7 @@ def launch(
     with torch.cuda.device_of(disp):
         _diffusion_kernel[(programs,)](
             disp, disp if weight is None else weight, partials, disp if grad is None else grad,
-            disp.numel(), D, H, W,
+            divisor, D, H, W,
             LOSS=need_loss, GRAD=grad is not None, ACC=_launch.compute_type(disp),
             TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
             num_warps=config.warps,
@@ -140,6 +141,6 @@ def launch(
         if loss is not None:
             config = launch_config("diffusion_sum", W, disp.dtype, _launch.architecture(disp))
             _diffusion_sum_kernel[(1,)](
-                partials, loss, programs, disp.numel(), TILE=config.tile[0], num_warps=config.warps
+                partials, loss, programs, divisor, TILE=config.tile[0], num_warps=config.warps
             )
     return loss, grad
