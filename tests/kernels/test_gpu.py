@@ -116,6 +116,8 @@ def check_against_float64(case: OpCase, sizes: Sizes, device: torch.device) -> N
         assert actual.isfinite().all()
         error, allowed = ((x.double() - expected).abs() for x in (actual, plain))
         rounding = torch.finfo(actual.dtype).eps * float(expected.abs().max())
+        if actual.numel() < 10:  # of a few means, the reference's may be right by chance
+            rounding *= 4
         rms, allowed_rms = (float(x.square().mean().sqrt()) for x in (error, allowed))
         line = (
             f"result {index}: RMS {rms:.2e}, reference {allowed_rms:.2e}; "
