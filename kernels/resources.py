@@ -125,6 +125,11 @@ def _volume(channels: int, dtype: torch.dtype = torch.float32, factor: int = 1) 
     return torch.empty(1, channels, *(size // factor for size in GRID), dtype=dtype)
 
 
+def _features(channels: int, factor: int = 1) -> Tensor:
+    volume = _volume(channels, torch.bfloat16, factor)
+    return torch.empty_like(volume, memory_format=torch.channels_last_3d)
+
+
 def cases() -> Iterator[Case]:
     """Calls that together launch every kernel, in the forms that the network and training use."""
     image, half, disp = _volume(1), _volume(1, torch.bfloat16), _volume(3)
@@ -143,6 +148,16 @@ def cases() -> Iterator[Case]:
     yield Case("warp_compose, deterministic", fused, (image, disp, disp), deterministic=True)
     yield Case("diffusion", kernels.diffusion, (disp,))
     yield Case("diffusion, with gradient", kernels.diffusion_with_gradient, (disp,))
+    for window in (11, 9, 7):
+        # In training the first window writes the gradient and the others add to it.
+        windows = tuple(dict.fromkeys((11, window)))
+        lncc = partial(kernels.weighted_lncc, windows=windows, weights=(1.0,) * len(windows))
+        yield Case(f"lncc, window {window}", lncc, (image, image), needs=(True, False))
+    two_sided = partial(kernels.lncc, window=7)
+    yield Case("lncc, window 7, both sides", two_sided, (image, image))
+    pair, wide, narrow = _features(2), _features(16), _features(16, factor=2)
+    yield Case("norm_activate, bf16", kernels.norm_activate, (wide,))
+    yield Case("upsample_concat, bf16", kernels.upsample_concat, (narrow, pair))
     # A sampling kernel is the same for every factor above 1, but for a constant.
     coarse = _volume(3, factor=2)
     yield Case("warp, factor 2", partial(kernels.warp, factor=2), (image, coarse))
@@ -151,6 +166,10 @@ def cases() -> Iterator[Case]:
     for factor in (2, 4):
         resize = partial(kernels.resize_displacement, factor=factor)
         yield Case(f"resize, factor {factor}", resize, (_volume(3, factor=factor),))
+
+
+# How kernels name the sizes of what a program computes.
+_TILE = ("TILE", "ROWS", "VOXELS", "CHANNELS")
 
 
 class _Driver:
@@ -188,7 +207,7 @@ def measure(arch: int, chosen: Callable[[], Iterator[Case]] = cases) -> list[Res
                 case=case.name,
                 forward=not backward,
                 arch=arch,
-                tile=tuple(size for name, size in options.items() if name.startswith("TILE")),
+                tile=tuple(size for name, size in options.items() if name.startswith(_TILE)),
                 **_figures(compiled),
             )
 
