@@ -324,7 +324,8 @@ def measured(row: Row, sizes: Sizes, device: torch.device, rounds: int) -> dict[
         if name == PACKAGE:
             width = row.types[0] if row.types else torch.float32
             if error > GATES[width]:
-                return {"contenders": found, "wrong": error}  # nothing is timed that is not right
+                # Nothing is timed that is not right.
+                return {"contenders": found, "wrong": f"off by {error:.1e}"}
             moved = traffic(row, first, entry.first)
         timed[name] = entry
     round_seconds = sum(entry.sample_seconds for entry in timed.values())
@@ -342,7 +343,7 @@ def measured(row: Row, sizes: Sizes, device: torch.device, rounds: int) -> dict[
 def lines(name: str, row: Row, result: dict[str, Any], bandwidth: float) -> list[str]:
     """The row as text: this package first, the others by how much longer they take."""
     if "wrong" in result:
-        return [f"{name:<40}WRONG: off by {result['wrong']:.1e}, not timed"]
+        return [f"{name:<40}WRONG, not timed: {result['wrong'].splitlines()[0][:100]}"]
     floor = result["bytes"] / bandwidth
     own = statistics.median(result["contenders"][PACKAGE]["cold"])
     own_hot = statistics.median(result["contenders"][PACKAGE]["hot"])
@@ -398,9 +399,11 @@ def test_kernels(
             bandwidth = gpu_timing.copy_bandwidth(device)
             rows = {k: v for k, v in all_rows(sizes, device).items() if chosen in k}
             for name, row in rows.items():
-                result = measured(
-                    row, sizes, device, 4 * rounds if device.type == "cuda" else rounds
-                )
+                try:
+                    asked = 4 * rounds if device.type == "cuda" else rounds
+                    result = measured(row, sizes, device, asked)
+                except Exception as error:  # the other rows are still worth the machine's time
+                    result = {"wrong": f"{type(error).__name__}: {error}"}
                 results[name] = result | {"goal": row.goal, "goal_us": row.goal_us}
                 results[name] |= {"missing": row.missing}
                 report += lines(name, row, result, bandwidth)
@@ -420,4 +423,4 @@ def test_kernels(
         print(f"\n\nops, {'x'.join(map(str, sizes))}, {device}, copy {bandwidth / 1e9:.0f} GB/s")
         print("\n".join([HEADER, *report]))
     wrong = [name for name, result in results.items() if "wrong" in result]
-    assert not wrong, f"off by more than allowed, not timed: {', '.join(wrong)}"
+    assert not wrong, f"wrong, not timed: {', '.join(wrong)}"
