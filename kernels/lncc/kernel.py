@@ -52,22 +52,26 @@ def _program(REVERSED: tl.constexpr):
 
 
 @triton.jit
+def _times(index, size, WIDE: tl.constexpr):
+    # Offsets within a volume have 32 bits where that is enough: one instruction an access.
+    if WIDE:
+        index = index.to(tl.int64)
+    return index * size
+
+
+@triton.jit
 def _slice_lanes(H, W, program, TILE: tl.constexpr, WIDE: tl.constexpr):
     """Lanes of a program that marches along d: offsets in a slice, columns, mask; what is left."""
-    plane = H.to(tl.int64) * W
+    plane = _times(H, W, WIDE)
     tiles = tl.cdiv(plane, TILE).to(tl.int32)
-    at = (program % tiles) * TILE + tl.arange(0, TILE)
-    if WIDE:
-        at = (program % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = _times(program % tiles, TILE, WIDE) + tl.arange(0, TILE)
     return at, at % W, at < plane, program // tiles
 
 
 @triton.jit
 def _row_lanes(D, H, W, program, TILE: tl.constexpr, WIDE: tl.constexpr):
     """Lanes of a program that marches along h: slices, columns, offsets of row 0, mask."""
-    at = program * TILE + tl.arange(0, TILE)
-    if WIDE:
-        at = program.to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = _times(program, TILE, WIDE) + tl.arange(0, TILE)
     d = at // W
     w = at - d * W
     return d, w, d * H * W + w, d < D
@@ -117,17 +121,17 @@ def _window_sum(prefix, suffix, i: tl.constexpr, WINDOW: tl.constexpr, N: tl.con
 
 
 @triton.jit
-def _pair(x_ptrs, y_ptrs, mask, ACC: tl.constexpr):
-    x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
-    y = tl.load(y_ptrs, mask=mask, other=0.0).to(ACC)
+def _pair(x_ptr, y_ptr, at, mask, ACC: tl.constexpr):
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
+    y = tl.load(y_ptr + at, mask=mask, other=0.0).to(ACC)
     return x, y
 
 
 @triton.jit
-def _map_values(maps_ptrs, voxels, mask, MAPS: tl.constexpr):
+def _map_values(maps_ptr, voxels, at, mask, MAPS: tl.constexpr):
     out = ()
     for k in tl.static_range(MAPS):
-        out = out + (tl.load(maps_ptrs + k * voxels, mask=mask, other=0.0),)
+        out = out + (tl.load(maps_ptr + k * voxels + at, mask=mask, other=0.0),)
     return out
 
 
@@ -154,16 +158,16 @@ def _with_voxel(s, x, y):
 
 @triton.jit
 def _row_sums(
-    x_ptrs, y_ptrs, w, W, mask,
+    x_ptr, y_ptr, at, w, W, mask,
     WINDOW: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The five sums over WINDOW columns, less the voxel in their middle; and that voxel."""
-    c = _pair(x_ptrs, y_ptrs, mask, ACC)
+    c = _pair(x_ptr, y_ptr, at, mask, ACC)
     s = _zeros(SUMS, TILE, ACC)
     # LLVM unrolls this loop; unrolled before, it costs Triton's compiler half a minute.
     for k in range(1, WINDOW // 2 + 1):
-        left = _pair(x_ptrs - k, y_ptrs - k, mask & (w >= k), ACC)
-        right = _pair(x_ptrs + k, y_ptrs + k, mask & (w < W - k), ACC)
+        left = _pair(x_ptr - k, y_ptr - k, at, mask & (w >= k), ACC)
+        right = _pair(x_ptr + k, y_ptr + k, at, mask & (w < W - k), ACC)
         s = _with_voxel(s, left[0] - c[0], left[1] - c[1])
         s = _with_voxel(s, right[0] - c[0], right[1] - c[1])
     return s, c
@@ -181,10 +185,11 @@ def _lncc_planes_kernel(
     at, w, lanes, program = _slice_lanes(H, W, _program(False), TILE, WIDE)
     chunks = tl.cdiv(D, blocks * WINDOW)
     volume = (program // chunks).to(tl.int64)
-    plane = H.to(tl.int64) * W
-    x_ptrs = x_ptr + volume * D * plane + at
-    y_ptrs = y_ptr + volume * D * plane + at
-    sums_ptrs = sums_ptr + volume * SUMS * D * plane + at
+    plane = _times(H, W, WIDE)
+    voxels = D.to(tl.int64) * H * W
+    x_ptr += volume * voxels
+    y_ptr += volume * voxels
+    sums_ptr += volume * SUMS * voxels
     # The block before the first one that has outputs.
     start = (program % chunks) * blocks * WINDOW - WINDOW // 2 - 1
     suffix = _zero_suffixes(WINDOW, SUMS, TILE, ACC)
@@ -192,24 +197,20 @@ def _lncc_planes_kernel(
     for block in range(blocks + 1):
         # Every window that ends in a block contains its first slice.
         ahead = start + WINDOW
-        q_ahead = _pair(
-            x_ptrs + ahead * plane, y_ptrs + ahead * plane, lanes & (ahead < D), ACC
-        )  # fmt: skip
+        q_ahead = _pair(x_ptr, y_ptr, at + ahead * plane, lanes & (ahead < D), ACC)
         prefix = _zeros(SUMS, TILE, ACC)
         slices = ()
         for i in tl.static_range(WINDOW):
             d = start + i
             inside = lanes & (d >= 0) & (d < D)
-            s, c = _row_sums(
-                x_ptrs + d * plane, y_ptrs + d * plane, w, W, inside, WINDOW, TILE, ACC
-            )
+            s, c = _row_sums(x_ptr, y_ptr, at + d * plane, w, W, inside, WINDOW, TILE, ACC)
             prefix = _plus(prefix, _shifted(s, WINDOW, c, q), SUMS)
             slices = slices + (_shifted(s, WINDOW, c, q_ahead),)
             total = _window_sum(prefix, suffix, i, WINDOW, SUMS)
             d = d - WINDOW // 2
             mask = lanes & (block > 0) & (d < D)
             for k in tl.static_range(SUMS):
-                tl.store(sums_ptrs + (k * D + d) * plane, total[k], mask=mask)
+                tl.store(sums_ptr + k * voxels + (at + d * plane), total[k], mask=mask)
         suffix = _suffixes(slices, WINDOW, SUMS)
         q = q_ahead
         start = ahead
@@ -242,7 +243,7 @@ def _correlation(total, EPS: tl.constexpr, INVERSE: tl.constexpr, ACC: tl.conste
 
 @triton.jit
 def _store_adjoint(
-    ptr, voxels, scores, mu_x, mu_y, scale, mask, BOTH: tl.constexpr, ACC: tl.constexpr
+    ptr, voxels, at, scores, mu_x, mu_y, scale, mask, BOTH: tl.constexpr, ACC: tl.constexpr
 ):
     """Maps whose window sums make the gradient: a, b, m_x, and with BOTH c, m_y.
 
@@ -260,13 +261,13 @@ def _store_adjoint(
     ratio = _quotient(cross, bottom, ACC)
     a = 2 * ratio * scale
     b = -ratio * ratio * var_y * scale
-    tl.store(ptr, a, mask=mask)
-    tl.store(ptr + voxels, b, mask=mask)
-    tl.store(ptr + 2 * voxels, a * mu_y + 2 * b * mu_x, mask=mask)
+    tl.store(ptr + at, a, mask=mask)
+    tl.store(ptr + voxels + at, b, mask=mask)
+    tl.store(ptr + 2 * voxels + at, a * mu_y + 2 * b * mu_x, mask=mask)
     if BOTH:
         c = -ratio * ratio * var_x * scale
-        tl.store(ptr + 3 * voxels, c, mask=mask)
-        tl.store(ptr + 4 * voxels, a * mu_x + 2 * c * mu_y, mask=mask)
+        tl.store(ptr + 3 * voxels + at, c, mask=mask)
+        tl.store(ptr + 4 * voxels + at, a * mu_x + 2 * c * mu_y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["index", "D", "H", "W", "blocks"])
@@ -290,10 +291,9 @@ def _lncc_score_kernel(
     # The voxels that the sums are less: see _lncc_planes_kernel.
     middle = d // WINDOW * WINDOW + WINDOW // 2
     has_pivot = lanes & (middle < D)
-    x_ptrs = x_ptr + (middle * H * W + w)
-    y_ptrs = y_ptr + (middle * H * W + w)
-    sums_ptrs = sums_ptr + volume * SUMS * voxels + base
-    maps_ptrs = maps_ptr + volume * MAPS * voxels + base
+    pivot = middle * H * W + w
+    sums_ptr += volume * SUMS * voxels
+    maps_ptr += volume * MAPS * voxels
     scale = tl.load(scale_ptr + index) if MAPS > 0 else 0.0
     INVERSE: tl.constexpr = 1.0 / (WINDOW * WINDOW * WINDOW)
     start = (pid % chunks) * blocks * WINDOW - WINDOW // 2 - 1
@@ -302,16 +302,15 @@ def _lncc_score_kernel(
     score = tl.zeros([TILE], ACC)
     for block in range(blocks + 1):
         ahead = start + WINDOW
-        row = ahead.to(tl.int64) * W
-        q_ahead = _pair(x_ptrs + row, y_ptrs + row, has_pivot & (ahead < H), ACC)
+        q_ahead = _pair(x_ptr, y_ptr, pivot + _times(ahead, W, WIDE), has_pivot & (ahead < H), ACC)
         prefix = _zeros(SUMS, TILE, ACC)
         rows = ()
         for i in tl.static_range(WINDOW):
             h = start + i
-            row = h.to(tl.int64) * W
             inside = (h >= 0) & (h < H)
-            c = _pair(x_ptrs + row, y_ptrs + row, has_pivot & inside, ACC)
-            s = _map_values(sums_ptrs + row, voxels, lanes & inside, SUMS)
+            row = _times(h, W, WIDE)
+            c = _pair(x_ptr, y_ptr, pivot + row, has_pivot & inside, ACC)
+            s = _map_values(sums_ptr, voxels, base + row, lanes & inside, SUMS)
             prefix = _plus(prefix, _shifted(s, WINDOW * WINDOW, c, q), SUMS)
             rows = rows + (_shifted(s, WINDOW * WINDOW, c, q_ahead),)
             total = _window_sum(prefix, suffix, i, WINDOW, SUMS)
@@ -325,7 +324,7 @@ def _lncc_score_kernel(
                 mu_x = q[0] - zero_x + total[0] * INVERSE
                 mu_y = q[1] - zero_y + total[1] * INVERSE
                 _store_adjoint(
-                    maps_ptrs + h.to(tl.int64) * W, voxels, scores, mu_x, mu_y, scale, mask,
+                    maps_ptr, voxels, base + _times(h, W, WIDE), scores, mu_x, mu_y, scale, mask,
                     MAPS == 5, ACC,
                 )  # fmt: skip
         suffix = _suffixes(rows, WINDOW, SUMS)
@@ -343,10 +342,10 @@ def _lncc_spread_planes_kernel(
     """Sums over WINDOW slices of each map."""
     at, _, lanes, program = _slice_lanes(H, W, _program(False), TILE, WIDE)
     chunks = tl.cdiv(D, blocks * WINDOW)
-    plane = H.to(tl.int64) * W
+    plane = _times(H, W, WIDE)
     volume = (program // MAPS // chunks).to(tl.int64) * MAPS + program % MAPS
-    in_ptrs = in_ptr + volume * D * plane + at
-    out_ptrs = out_ptr + volume * D * plane + at
+    in_ptr += volume * D * plane
+    out_ptr += volume * D * plane
     start = (program // MAPS % chunks) * blocks * WINDOW - WINDOW // 2 - 1
     suffix = _zero_suffixes(WINDOW, 1, TILE, ACC)
     for block in range(blocks + 1):
@@ -355,24 +354,24 @@ def _lncc_spread_planes_kernel(
         for i in tl.static_range(WINDOW):
             d = start + i
             inside = lanes & (d >= 0) & (d < D)
-            s = (tl.load(in_ptrs + d * plane, mask=inside, other=0.0),)
+            s = (tl.load(in_ptr + (at + d * plane), mask=inside, other=0.0),)
             prefix = _plus(prefix, s, 1)
             slices = slices + (s,)
             total = _window_sum(prefix, suffix, i, WINDOW, 1)
             d = d - WINDOW // 2
             mask = lanes & (block > 0) & (d < D)
-            tl.store(out_ptrs + d * plane, total[0], mask=mask)
+            tl.store(out_ptr + (at + d * plane), total[0], mask=mask)
         suffix = _suffixes(slices, WINDOW, 1)
         start += WINDOW
 
 
 @triton.jit
-def _map_row_sums(maps_ptrs, voxels, w, W, mask, MAPS: tl.constexpr, WINDOW: tl.constexpr):
+def _map_row_sums(maps_ptr, voxels, at, w, W, mask, MAPS: tl.constexpr, WINDOW: tl.constexpr):
     """Sums over WINDOW columns of every map."""
-    sums = _map_values(maps_ptrs, voxels, mask, MAPS)
+    sums = _map_values(maps_ptr, voxels, at, mask, MAPS)
     for k in range(1, WINDOW // 2 + 1):
-        left = _map_values(maps_ptrs - k, voxels, mask & (w >= k), MAPS)
-        right = _map_values(maps_ptrs + k, voxels, mask & (w < W - k), MAPS)
+        left = _map_values(maps_ptr - k, voxels, at, mask & (w >= k), MAPS)
+        right = _map_values(maps_ptr + k, voxels, at, mask & (w < W - k), MAPS)
         sums = _plus(sums, _plus(left, right, MAPS), MAPS)
     return sums
 
@@ -401,10 +400,16 @@ def _lncc_gradient_kernel(
     _, w, base, lanes = _row_lanes(D, H, W, program % tiles, TILE, WIDE)
     volume = (program // tiles).to(tl.int64)
     voxels = D.to(tl.int64) * H * W
-    zero_x = tl.load(x_ptr + volume * voxels).to(ACC)
-    zero_y = tl.load(y_ptr + volume * voxels).to(ACC)
-    at = volume * voxels + base
-    maps_ptrs = maps_ptr + volume * MAPS * voxels + base
+    origin = volume * voxels
+    x_ptr += origin
+    y_ptr += origin
+    zero_x = tl.load(x_ptr).to(ACC)
+    zero_y = tl.load(y_ptr).to(ACC)
+    sum_x_ptr += origin
+    sum_y_ptr += origin
+    out_x_ptr += origin
+    out_y_ptr += origin
+    maps_ptr += volume * MAPS * voxels
     start = (pid % chunks) * blocks * WINDOW - WINDOW // 2 - 1
     suffix = _zero_suffixes(WINDOW, MAPS, TILE, ACC)
     for block in range(blocks + 1):
@@ -413,21 +418,23 @@ def _lncc_gradient_kernel(
         for i in tl.static_range(WINDOW):
             h = start + i
             inside = lanes & (h >= 0) & (h < H)
-            s = _map_row_sums(maps_ptrs + h.to(tl.int64) * W, voxels, w, W, inside, MAPS, WINDOW)
+            s = _map_row_sums(
+                maps_ptr, voxels, base + _times(h, W, WIDE), w, W, inside, MAPS, WINDOW
+            )
             prefix = _plus(prefix, s, MAPS)
             rows = rows + (s,)
             total = _window_sum(prefix, suffix, i, WINDOW, MAPS)
             h = h - WINDOW // 2
-            row = at + h.to(tl.int64) * W
+            at = base + _times(h, W, WIDE)
             mask = lanes & (block > 0) & (h < H)
-            v = _pair(x_ptr + row, y_ptr + row, mask, ACC)
+            v = _pair(x_ptr, y_ptr, at, mask, ACC)
             x = v[0] - zero_x
             y = v[1] - zero_y
             by_x = y * total[0] + 2 * x * total[1] - total[2]
-            _add_to(sum_x_ptr + row, out_x_ptr + row, by_x, mask, FIRST)
+            _add_to(sum_x_ptr + at, out_x_ptr + at, by_x, mask, FIRST)
             if MAPS == 5:
                 by_y = x * total[0] + 2 * y * total[3] - total[4]
-                _add_to(sum_y_ptr + row, out_y_ptr + row, by_y, mask, FIRST)
+                _add_to(sum_y_ptr + at, out_y_ptr + at, by_y, mask, FIRST)
         suffix = _suffixes(rows, WINDOW, MAPS)
         start += WINDOW
 

@@ -22,8 +22,8 @@ SHAPES = [
     (1, 1, 1, 5, 3),
     (1, 2, 4, 1, 3),
     (2, 1, 3, 4, 1),
-    (1, 1, 29, 3, 37),
-    (1, 1, 2, 37, 31),
+    (1, 1, 10, 3, 103),
+    (1, 1, 2, 10, 103),
 ]
 SHAPE_IDS = [f"b{b}-c{c}-{d}x{h}x{w}" for b, c, d, h, w in SHAPES]
 TYPES = {
@@ -172,14 +172,16 @@ def test_half_gradients_are_rounded_once(triton_device: torch.device) -> None:
 # Numbers
 
 
-@pytest.mark.parametrize(("window", "size"), [(3, 7), (5, 10)], ids=str)
-@pytest.mark.parametrize("value", [0.7, 1000.1])
+@pytest.mark.parametrize(
+    ("value", "window", "size"), [(0.37, 3, 7), (333.3, 3, 7), (0.37, 5, 10)], ids=str
+)
 def test_a_constant_window_has_no_variance(
     value: float, window: int, size: int, triton_device: torch.device
 ) -> None:
     """Exactly, or the smallest eps would make it large: then a gradient of it would show.
 
-    Inside, that is: at the faces the zeros beyond them make a step.
+    Inside, that is: at the faces the zeros beyond them make a step. With these values and three
+    columns, sums without pivots leave a variance above 0.
     """
     x, y = torch.full((1, 1, size, size, size), value), noise(1, 1, size, size, size).float()
     found = run(windowed(window, eps=1e-30), (x, y), choice="triton", device=triton_device)
