@@ -20,7 +20,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format kernel-table bench bench-gpu tune-gpu clean
+.PHONY: help install demo test check format kernel-table bench test-gpu bench-gpu tune-gpu build/path clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \

@@ -227,7 +227,7 @@ def _triton(torch: ModuleType | str, cuda: Check) -> Check:
     if env.triton_interprets():
         detail = f"{found}, which TRITON_INTERPRET=1 makes run them in Python, only for tests"
         return Check(name, False, detail, "unset TRITON_INTERPRET")
-    if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
+    if not (env.c_compiler() or shutil.which("clang") or shutil.which("gcc")):
         detail = f"{found}, but no C compiler, which it starts kernels with"
         return Check(name, False, detail, "install gcc, or set ULAE_RT_KERNELS=reference")
     return Check(name, True, f"{found}: CUDA tensors take them")

@@ -23,6 +23,11 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def c_compiler() -> str | None:
+    """``CC``: the compiler that Triton builds what starts its kernels with."""
+    return os.environ.get("CC")
+
+
 def data_dir() -> str | None:
     """``ULAE_RT_DATA``: the folder with the evaluation data that tests and benches use."""
     return os.environ.get("ULAE_RT_DATA")
