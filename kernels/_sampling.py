@@ -22,14 +22,16 @@ from ulae_rt.kernels._configs import LaunchConfig
 def tile_of(
     D, H, W, BATCHED: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Batch index, slice, rows (TILE_H, 1), columns (1, TILE_W) and mask of this program.
+    """Batch index, slice, and each lane's row, column and mask, (TILE_H TILE_W,) of this program.
 
     The grid has three axes because a division of the program's number would cost every warp more
-    than its eight corners do.
+    than its eight corners do. The tile has one, because Triton 3.6 lays two out in one order for
+    what is read in rows and in another for the corners, and carries every value across.
     """
     d = tl.program_id(0)
-    w = tl.program_id(1) * TILE_W + tl.arange(0, TILE_W)[None, :]
-    h = tl.program_id(2) * TILE_H + tl.arange(0, TILE_H)[:, None]
+    lane = tl.arange(0, TILE_H * TILE_W)
+    w = tl.program_id(1) * TILE_W + lane % TILE_W
+    h = tl.program_id(2) * TILE_H + lane // TILE_W
     b = tl.cast(0, tl.int64)
     if BATCHED:
         b = (d // D).to(tl.int64)

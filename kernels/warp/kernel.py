@@ -58,7 +58,7 @@ def _warp_backward_kernel(
     voxels = volume_size(D, H, W)
     at = (d * H + h) * W + w
     scale = tl.load(scale_ptr) if FIXED else 1.0
-    zero = tl.zeros([TILE_H, TILE_W], ACC)
+    zero = tl.zeros([TILE_H * TILE_W], ACC)
     by_disp = (zero, zero, zero)
     for c in range(C):
         start = (b * C + c) * voxels
