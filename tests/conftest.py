@@ -1,5 +1,6 @@
 """What every test starts from: seeds, the interpreter where there is no GPU, the data set."""
 
+import importlib.util
 import os
 import random
 from pathlib import Path
@@ -8,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from _support.interpreter import quicken
+
 if not torch.cuda.is_available():
     # Before anything imports a kernel: Triton decides when a kernel is defined. The interpreter
     # takes seconds where the reference takes milliseconds, so a test asks for the kernels by name.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("ULAE_RT_KERNELS", "reference")
+
+if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    quicken()
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -271,19 +271,18 @@ def test_settings_that_do_not_fit_the_machine() -> None:
         Processes("cuda:99")
 
 
-# Triton's interpreter takes a third of a second for each kernel, however small the volume.
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.gpu)])
-def test_steps_with_triton_are_those_with_the_reference(
-    steps: int, monkeypatch: pytest.MonkeyPatch
+def test_twenty_steps_with_triton_are_those_with_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Four minutes in Triton's interpreter: a step is 170 launches, however small the volume."""
     pytest.importorskip("triton")
     found = []
     for kernels in ("reference", "triton"):
         monkeypatch.setenv("ULAE_RT_KERNELS", kernels)
-        found.append(curve(new_step(configuration(device="auto")), steps))
-    assert found[0][-1] < found[0][0] - 0.02
-    assert_close("losses", found[1], found[0], TOL[f"losses of {steps} steps"])
+        found.append(curve(new_step(configuration(device="auto")), 20))
+    assert found[0][-1] < found[0][0] - 0.1
+    assert_close("losses", found[1], found[0], TOL["losses of 20 interpreted steps"])
 
 
 @pytest.mark.gpu
