@@ -286,8 +286,10 @@ def test_the_registrar_is_reached_from_the_package():
 
 
 RUN = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+# What a shell starts in the background, and all that it starts, ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 from _support.networks import FakeNetwork
 from ulae_rt import cli, registrar
