@@ -93,7 +93,7 @@ def package(
     moving, fixed = pair(sizes)
 
     def differentiate() -> Tensor:
-        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = False  # as training does
         optimiser.zero_grad(set_to_none=False)
         out = network(moving, fixed)
         loss = registration_loss(out.moved, fixed, out.disp).total

@@ -361,7 +361,7 @@ class ScatteredSums:
         grad = grads[0]
         if self.fixed:
             largest = torch.stack([g.detach().abs().amax().double() for g in grads]).amax()
-            # A NaN or Inf among the gradients makes the scale, and so every sum, NaN.
+            # A NaN or Inf among the gradients leaves no scale, and so no finite sum.
             largest = torch.where(largest == 0, 1.0, largest)
             self.scale = 2.0**61 / (largest * shape[2:].numel())
             self.total = torch.zeros(shape, dtype=torch.int64, device=grad.device)
