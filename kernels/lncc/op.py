@@ -180,7 +180,8 @@ def multi_window_lncc(
     Args:
         x: (B, C, D, H, W), any floating type.
         y: the same shape.
-        windows: odd box sizes in voxels, at least one.
+        windows: odd box sizes in voxels, at least one. On a GPU each is compiled on its first
+            call, in seconds up to about 13, in minutes from about 21 on.
         eps: added to the denominator.
 
     Returns:
