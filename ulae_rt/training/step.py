@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 _PARTS = len(Loss._fields)
 _WARM_UPS = 3
+
+
+def _exact_convolutions() -> AbstractContextManager[None]:
+    # "fp32" is to mean that: torch lets cuDNN round to TF32 unless told otherwise.
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class Outcome:
@@ -115,8 +121,7 @@ class Step:
         """Launch step ``step`` on this process's micro-batches, with the learning rate ``rate``."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        # "fp32" is to mean that: torch lets cuDNN round to TF32 unless told otherwise.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with _exact_convolutions():
             self._add_gradients(batches)
         self.processes.add_up(self._sums)
         finite = self._sums.isfinite().all()
@@ -131,7 +136,8 @@ class Step:
         for batch in batches:
             moving, fixed = batch.augmented(self.device)
             for name, m, f in zip(batch.names, moving, fixed, strict=True):
-                total = float(self._loss(self._entry(), m[None], f[None]).total)
+                with _exact_convolutions():
+                    total = float(self._loss(self._entry(), m[None], f[None]).total)
                 if not math.isfinite(total):
                     found.append(f"the loss of {name} is {total}")
         return found
