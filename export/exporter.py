@@ -14,7 +14,15 @@ from ulae_rt.errors import OutputError
 from ulae_rt.export.config import ExportConfig, check_shape
 from ulae_rt.export.onnx import INPUTS, OPSET, OUTPUTS, onnx_from_model
 from ulae_rt.export.verify import cases, measure
-from ulae_rt.manifest import EngineMetadata, Manifest, TensorSpec, manifest_path, sha256
+from ulae_rt.manifest import (
+    VERIFIED,
+    EngineMetadata,
+    Manifest,
+    TensorSpec,
+    Work,
+    manifest_path,
+    sha256,
+)
 from ulae_rt.model import UlaeNet, load_model
 
 STAGES = 5  # how often `progress` is called for one artefact
@@ -86,16 +94,22 @@ def _export_onnx(config: ExportConfig, artefact: Path, progress: Callable[[str],
         artefact=artefact.name,
         kind="onnx",
         precision="fp32",
-        opset=OPSET,
+        target="any",
+        compatibility="none",
         inputs=tuple(_spec(name, shape) for name in INPUTS),
         outputs=tuple(_spec(name, shape) for name in OUTPUTS),
         metadata=_metadata(model, shape),
+        preprocessing=(),
         versions={
+            "opset": str(OPSET),
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         },
         weights_sha256=sha256(config.weights.read_bytes()),
         artefact_sha256=sha256(content),
+        work=Work(0.0, 0.0, len(proto.graph.node)),
+        types={},
+        status=VERIFIED,
         errors=tuple(errors),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )

@@ -79,11 +79,15 @@ def measure(case: Case, backend: Backend) -> Measured:
     return Measured(
         pair=case.name,
         runtime=f"{backend.name} {backend.device}",
+        machine="",
+        seconds=0.0,
         disp_largest=largest,
         disp_mean=float(distance.mean(dtype=np.float64)),
         disp_p99=float(np.quantile(distance, 0.99)),
         disp_max=float(distance.max()),
+        moved_mean=float(np.abs(found["moved"] - moved).mean()),
         moved_max=float(np.abs(found["moved"] - moved).max()),
+        sign_flips=0,
     )
 
 

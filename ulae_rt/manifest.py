@@ -13,7 +13,11 @@ from typing import Any, get_args, get_origin
 
 from ulae_rt.errors import EngineMismatch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+KINDS = ("onnx", "tensorrt", "tensorrt-rtx", "pt2")
+VERIFIED = "verified"
+NOT_RUN = "built, not run"
+ANY_BATCH = -1  # in a shape: the artefact takes any number of pairs at once
 _AGAIN = "export the weights again: python -m ulae_rt.export --weights FILE"
 
 
@@ -23,7 +27,7 @@ class TensorSpec:
 
     Attributes:
         name: as in the graph.
-        shape: every size fixed.
+        shape: every size fixed but the first, which may be :data:`ANY_BATCH`.
         dtype: numpy's name.
         units: of the values.
         components: meaning of the channels, in their order.
@@ -60,24 +64,47 @@ class EngineMetadata:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one run of the graph takes, counted on its nodes at batch 1.
+
+    Attributes:
+        gflop: 10^9 operations of its convolutions, 2 a multiply-add.
+        gigabytes: what the nodes read and write if each did so on its own; an engine that fuses
+            them moves less.
+        nodes: how many there are.
+    """
+
+    gflop: float
+    gigabytes: float
+    nodes: int
+
+
+@dataclass(frozen=True)
 class Measured:
     """How far the artefact was from the reference on one pair of images.
 
     Attributes:
         pair: which images.
-        runtime: what ran the artefact.
+        runtime: what ran the artefact, and on which kind of device.
+        machine: name of the processor or GPU.
+        seconds: a run of one batch, median.
         disp_largest: length of the reference's largest displacement, voxels.
         disp_mean, disp_p99, disp_max: length of the difference of the displacements, voxels.
-        moved_max: largest difference of the moved images, whose intensities lie in [0, 1].
+        moved_mean, moved_max: difference of the moved images, whose intensities lie in [0, 1].
+        sign_flips: voxels whose Jacobian determinant has another sign than the reference's.
     """
 
     pair: str
     runtime: str
+    machine: str
+    seconds: float
     disp_largest: float
     disp_mean: float
     disp_p99: float
     disp_max: float
+    moved_mean: float
     moved_max: float
+    sign_flips: int
 
 
 @dataclass(frozen=True)
@@ -86,30 +113,45 @@ class Manifest:
 
     Attributes:
         artefact: its file name, beside the manifest.
-        kind: ``onnx``.
-        precision: of the arithmetic between the images and the flow heads.
-        opset: of the default ONNX domain.
+        kind: one of :data:`KINDS`; what opens it follows from that.
+        precision: of the features between the images and the flow heads: fp32, fp16 or bf16.
+        target: where it runs: ``any``, ``cpu``, or the GPU architecture it was built for, ``sm89``.
+        compatibility: other GPUs that run it too: ``none``, ``ampere-plus``, ``same-capability``.
         inputs, outputs: in the graph's order.
-        metadata: what to feed it with.
-        versions: of everything that made it.
+        metadata: what the network was made for.
+        preprocessing: what to do with a scan before it is fed, step by step.
+        versions: of everything that made it; what runs it must fit them.
+        work: what one run takes.
+        types: how many nodes of a kind compute in which type, e.g. ``convolution float16``.
         weights_sha256, artefact_sha256: of the two files, hexadecimal.
-        errors: one entry for each verified pair.
+        status: :data:`VERIFIED`, or :data:`NOT_RUN` where no runtime for it was at hand.
+        errors: one entry for each pair it was verified on.
         date: when it was made, ISO 8601, UTC.
     """
 
     artefact: str
     kind: str
     precision: str
-    opset: int
+    target: str
+    compatibility: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     metadata: EngineMetadata
+    preprocessing: tuple[str, ...]
     versions: dict[str, str]
+    work: Work
+    types: dict[str, int]
     weights_sha256: str
     artefact_sha256: str
+    status: str
     errors: tuple[Measured, ...]
     date: str
     format_version: int = FORMAT_VERSION
+
+    @property
+    def batch(self) -> int:
+        """Pairs a run takes, or :data:`ANY_BATCH`."""
+        return self.inputs[0].shape[0]
 
     def to_json(self) -> str:
         """An indented JSON object."""
@@ -146,6 +188,19 @@ class Manifest:
                 f"{path}: artefact is {manifest.artefact!r}, expected a file name without a folder",
                 _AGAIN,
             )
+        for name, value, known in (
+            ("kind", manifest.kind, KINDS),
+            ("status", manifest.status, (VERIFIED, NOT_RUN)),
+        ):
+            if value not in known:
+                raise EngineMismatch(
+                    f"{path}: {name} is {value!r}, expected one of {', '.join(known)}",
+                    f"a newer version of ulae_rt wrote it; install that version, or {_AGAIN}",
+                )
+        if not all(len(spec.shape) == 5 for spec in (*manifest.inputs, *manifest.outputs)):
+            raise EngineMismatch(f"{path}: a shape has not five axes (B, C, D, H, W)", _AGAIN)
+        if not manifest.inputs or not manifest.outputs:
+            raise EngineMismatch(f"{path}: names no inputs or no outputs", _AGAIN)
         return manifest
 
 

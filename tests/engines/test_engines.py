@@ -13,7 +13,15 @@ from onnx import TensorProto, helper
 
 from ulae_rt.engines import load_engine
 from ulae_rt.errors import BackendUnavailable, DtypeError, EngineMismatch, ShapeError, UsageError
-from ulae_rt.manifest import EngineMetadata, Manifest, Measured, TensorSpec, sha256
+from ulae_rt.manifest import (
+    VERIFIED,
+    EngineMetadata,
+    Manifest,
+    Measured,
+    TensorSpec,
+    Work,
+    sha256,
+)
 
 SHAPE = (4, 6, 5)
 
@@ -44,14 +52,21 @@ def write_engine(folder: Path, precision: str = "fp32") -> Path:
         artefact=f"ulae-net-{precision}.onnx",
         kind="onnx",
         precision=precision,
-        opset=20,
+        target="any",
+        compatibility="none",
         inputs=(spec("moving", 1), spec("fixed", 1)),
         outputs=(spec("moved", 1), spec("disp", 3)),
         metadata=EngineMetadata("paper", SHAPE, 1.0, "max", "none", "CC0"),
+        preprocessing=("skull-stripped",),
         versions={"ulae-rt": "0.1.0"},
+        work=Work(0.0, 1e-6, 3),
+        types={},
         weights_sha256="0" * 64,
         artefact_sha256=sha256(content),
-        errors=(Measured("noise", "onnxruntime cpu", 3.0, 1e-6, 1e-5, 1e-4, 1e-6),),
+        status=VERIFIED,
+        errors=(
+            Measured("noise", "onnxruntime cpu", "x86", 0.1, 3.0, 1e-6, 1e-5, 1e-4, 1e-7, 1e-6, 0),
+        ),
         date="2026-01-01T00:00:00+00:00",
     )
     (folder / manifest.artefact).write_bytes(content)
@@ -149,15 +164,15 @@ def test_file_that_is_no_model_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "manifest format 2, expected 1"),
-        ({"kind": "plan"}, "kind 'plan', expected one of onnx"),
+        ({"format_version": 3}, "manifest format 3, expected 2"),
+        ({"kind": "plan"}, "kind is 'plan', expected one of onnx"),
         ({"artefact": "../other.onnx"}, "expected a file name without a folder"),
         ({"artefact": "missing.onnx"}, "missing.onnx: cannot be read"),
         ({"metadata": {"variant": "paper"}}, "metadata has no 'licence'"),
         ({"metadata": []}, "metadata is list .* expected an object"),
         ({"surprise": 1}, "unknown 'surprise'"),
-        ({"opset": "20"}, "opset is str '20', expected int"),
-        ({"opset": True}, "opset is bool"),
+        ({"errors": "20"}, "errors is str '20', expected a list"),
+        ({"status": "believed"}, "status is 'believed', expected one of verified"),
         ({"inputs": 3}, "inputs is int"),
         ({"versions": {"torch": 2}}, "versions.torch is int"),
     ],
