@@ -175,7 +175,7 @@ def load_engine(
             "by its manifest; it was changed or damaged after it was verified",
             _AGAIN,
         )
-    return EngineSession(manifest, open_backend(manifest.kind, content, device, backend))
+    return EngineSession(manifest, open_backend(manifest, content, device, backend))
 
 
 def _choose(folder: Path, precision: str) -> Manifest:

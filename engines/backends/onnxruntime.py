@@ -1,39 +1,12 @@
-"""What can execute an artefact: one class a library, all with the same few methods."""
+"""ONNX Runtime: ``.onnx`` on the CPU, or on one CUDA device."""
 
 import importlib
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
-
-Array = NDArray[np.float32]
-
-BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
-# The backend that opens each kind of artefact.
-_OPENS = {"onnx": "onnxruntime"}
-
-
-class Backend(Protocol):
-    """A loaded artefact.
-
-    Attributes:
-        name: one of :data:`BACKENDS`.
-        device: ``cpu`` or ``cuda:N``.
-        inputs, outputs: name to shape, in the artefact's order.
-    """
-
-    name: str
-    device: str
-    inputs: dict[str, tuple[int, ...]]
-    outputs: dict[str, tuple[int, ...]]
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Execute once: name to array of the artefact's own shape, to the same for the outputs."""
-        ...
+from ulae_rt.engines.backends.base import Array, failure, parse_device
+from ulae_rt.errors import BackendUnavailable, EngineMismatch
+from ulae_rt.manifest import ANY_BATCH
 
 
 class OnnxRuntimeBackend:
@@ -53,7 +26,7 @@ class OnnxRuntimeBackend:
     def __init__(self, content: bytes, device: str = "auto") -> None:
         runtime = _onnxruntime()
         cuda = "CUDAExecutionProvider"
-        kind, index = _parse_device(device)
+        kind, index = parse_device(device)
         if kind == "auto":
             kind = "cuda" if cuda in runtime.get_available_providers() else "cpu"
         elif kind == "cuda" and cuda not in runtime.get_available_providers():
@@ -79,47 +52,30 @@ class OnnxRuntimeBackend:
             ) from error
         # Without a usable GPU the session falls back to the CPU and only logs it.
         on_gpu = cuda in self._session.get_providers()
-        if _parse_device(device)[0] == "cuda" and not on_gpu:
+        if parse_device(device)[0] == "cuda" and not on_gpu:
             raise BackendUnavailable(
                 f"device {device} was asked for, and ONNX Runtime cannot use it here",
                 "use --device cpu, or run `ulae-rt doctor` to see why",
             )
         self.device = f"cuda:{index}" if on_gpu else "cpu"
-        self.inputs = {x.name: tuple(x.shape) for x in self._session.get_inputs()}
-        self.outputs = {x.name: tuple(x.shape) for x in self._session.get_outputs()}
+        self.inputs = {x.name: _shape(x.shape) for x in self._session.get_inputs()}
+        self.outputs = {x.name: _shape(x.shape) for x in self._session.get_outputs()}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Execute once; see :meth:`Backend.run`."""
-        return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
+        try:
+            results = self._session.run(None, dict(feeds))
+        except Exception as error:  # as above
+            raise failure(f"running the model on {self.device}", error) from error
+        return dict(zip(self.outputs, results, strict=True))
+
+    def close(self) -> None:
+        """Free the model."""
+        self._session = None
 
 
-def open_backend(kind: str, content: bytes, device: str, backend: str) -> Backend:
-    """Load an artefact.
-
-    Args:
-        kind: the manifest's.
-        content: the artefact's bytes.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        backend: one of :data:`BACKENDS`.
-
-    Raises:
-        UsageError: for an unknown device or backend.
-        BackendUnavailable: if the backend or the device cannot be had.
-        EngineMismatch: if no backend, or not the one asked for, opens this kind.
-    """
-    if backend not in BACKENDS:
-        raise UsageError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend in ("tensorrt", "tensorrt-rtx"):
-        raise BackendUnavailable(
-            f"backend {backend} was asked for, and this version runs engines with onnxruntime only",
-            "use --backend auto or onnxruntime",
-        )
-    if kind not in _OPENS:
-        raise EngineMismatch(
-            f"the artefact is of kind {kind!r}, expected one of {', '.join(_OPENS)}",
-            "a newer version of ulae_rt wrote it; install that version",
-        )
-    return OnnxRuntimeBackend(content, device)
+def _shape(sizes: list[int | str | None]) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else ANY_BATCH for size in sizes)
 
 
 def _onnxruntime() -> ModuleType:
@@ -130,11 +86,3 @@ def _onnxruntime() -> ModuleType:
             f"onnxruntime cannot be imported: {error}",
             "pip install onnxruntime (or onnxruntime-gpu in its place)",
         ) from error
-
-
-def _parse_device(device: str) -> tuple[str, int]:
-    kind, separator, index = device.partition(":")
-    known = kind in ("auto", "cpu") and not separator
-    if known or (kind == "cuda" and (index.isdecimal() or not separator)):
-        return kind, int(index or 0)
-    raise UsageError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")

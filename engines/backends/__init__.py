@@ -1,0 +1,48 @@
+"""What can execute an artefact: one class a library, all with the same few methods."""
+
+from ulae_rt.engines.backends.base import Array, Backend
+from ulae_rt.engines.backends.onnxruntime import OnnxRuntimeBackend
+from ulae_rt.engines.backends.pt2 import Pt2Backend
+from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
+from ulae_rt.manifest import Manifest
+
+__all__ = ["BACKENDS", "Array", "Backend", "OnnxRuntimeBackend", "backend_of", "open_backend"]
+
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "pt2")
+
+
+def backend_of(manifest: Manifest) -> str:
+    """The one backend that opens an artefact."""
+    return "onnxruntime" if manifest.kind == "onnx" else manifest.kind
+
+
+def open_backend(manifest: Manifest, content: bytes, device: str, backend: str) -> Backend:
+    """Load an artefact.
+
+    Args:
+        manifest: what the artefact is.
+        content: its bytes; that they are the manifest's is checked by who read them.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        backend: one of :data:`BACKENDS`.
+
+    Raises:
+        UsageError: for an unknown device or backend.
+        BackendUnavailable: if the backend or the device cannot be had here.
+        EngineMismatch: if the backend asked for opens other files, or cannot load this one.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    needed = backend_of(manifest)
+    if backend not in ("auto", needed):
+        raise EngineMismatch(
+            f"{manifest.artefact}: backend {backend} was asked for, and {needed} opens it",
+            f"use --backend auto or {needed}",
+        )
+    if needed == "pt2":
+        return Pt2Backend(content, manifest, device)
+    if needed != "onnxruntime":
+        raise BackendUnavailable(
+            f"{manifest.artefact}: backend {needed} is not in this version",
+            "use an ONNX engine",
+        )
+    return OnnxRuntimeBackend(content, device)

@@ -1,0 +1,91 @@
+"""What every backend offers, and the words for what any of them may be refused."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ulae_rt.errors import EngineMismatch, UsageError
+
+Array = NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """A loaded artefact. One thread at a time; `ulae_rt.engines.session` sees to that.
+
+    Attributes:
+        name: one of ``BACKENDS``.
+        device: ``cpu`` or ``cuda:N``.
+        inputs, outputs: name to shape, in the artefact's order; a batch that is left open is
+            `ulae_rt.manifest.ANY_BATCH`.
+    """
+
+    name: str
+    device: str
+    inputs: dict[str, tuple[int, ...]]
+    outputs: dict[str, tuple[int, ...]]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute once.
+
+        Args:
+            feeds: name to contiguous float32 array of the artefact's own shape.
+
+        Returns:
+            Name to array, which the backend does not touch again.
+
+        Raises:
+            EngineMismatch: if the library fails or memory does not suffice; see `failure`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what it holds; it does not run again. A second time does nothing."""
+        ...
+
+
+def failure(what: str, error: object) -> EngineMismatch:
+    """The error for a library that failed: no memory, or something only its own words tell.
+
+    Args:
+        what: was being done, e.g. ``"running net.onnx on cuda:0"``.
+        error: the exception, or what the library logged.
+    """
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(words in said.lower() for words in _OUT_OF_MEMORY):
+        return EngineMismatch(
+            f"out of memory {what}" + (f": {said}" if said else ""),
+            "close other programs, give fewer pairs at once, or take an engine of fp16 or of a "
+            "smaller batch; --device cpu where the GPU is full",
+        )
+    return EngineMismatch(
+        f"failed {what}: {said or type(error).__name__}",
+        "export the weights again with this version installed; `ulae-rt doctor` says what can run",
+    )
+
+
+# How the libraries say it. No type of theirs does.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "outofmemory",
+    "out-of-memory",
+    "bad_alloc",
+    "failed to allocate",
+    "can't allocate",
+    "cannot allocate",
+    "memoryallocation",
+)
+
+
+def parse_device(device: str) -> tuple[str, int]:
+    """``auto``, ``cpu`` or ``cuda``, and the number of the GPU.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    kind, separator, index = device.partition(":")
+    known = kind in ("auto", "cpu") and not separator
+    if known or (kind == "cuda" and (index.isdecimal() or not separator)):
+        return kind, int(index or 0)
+    raise UsageError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")
