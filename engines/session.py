@@ -1,16 +1,22 @@
-"""Opening an engine: manifest first, then the hash, then the artefact; and running it."""
+"""Running an engine: what is fed is checked, one run at a time, now or in the background."""
 
-from pathlib import Path
-from typing import NamedTuple, Protocol
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from ulae_rt.engines.backends import Array, Backend, open_backend
-from ulae_rt.errors import DtypeError, EngineMismatch, ShapeError
-from ulae_rt.manifest import Manifest, manifest_path, sha256
+from ulae_rt.engines.backends.base import Array, Backend, failure
+from ulae_rt.errors import DtypeError, EngineMismatch, ShapeError, UsageError
+from ulae_rt.manifest import ANY_BATCH, Manifest
 
-_AGAIN = "export the weights again: python -m ulae_rt.export --weights FILE"
+# Pairs that an engine which takes any number is given at once. On a GPU more of them fill it; the
+# CPU is full with one, and a second would only take its memory again.
+AT_ONCE = {"cpu": 1, "cuda": 8}
+# Pairs (or batches) that wait in `Engine.submit`: enough that the engine never does, and no more
+# than fit in memory.
+WAITING = 2
 
 
 class EngineOutput(NamedTuple):
@@ -25,35 +31,198 @@ class EngineOutput(NamedTuple):
     disp: Array
 
 
-class Engine(Protocol):
-    """Something that registers, whatever the file it came from."""
+class Metadata(Protocol):
+    """What a network was made for; the fields of a checkpoint's and of an engine's metadata."""
 
     @property
-    def manifest(self) -> Manifest:
-        """What the artefact is."""
-        ...
+    def shape(self) -> tuple[int, int, int]:
+        """(D, H, W) of its grid."""
+
+    @property
+    def spacing_mm(self) -> float:
+        """Spacing of its grid, a whole number of mm."""
+
+    @property
+    def normalisation(self) -> str:
+        """How intensities become [0, 1]; see `ulae_rt.imaging.grid.intensity_scale`."""
+
+
+class Engine:
+    """Something that registers, whatever runs it: an exported file, or weights in torch.
+
+    Any thread may call it; runs take their turn, since they share the memory that was set aside
+    when it was opened. It is a context manager, and closes at its end.
+
+    Args:
+        backend: what executes it. It belongs to the engine from now on.
+        metadata: what the network was made for.
+        precision: fp32, fp16 or bf16.
+    """
+
+    def __init__(self, backend: Backend, metadata: Metadata, precision: str) -> None:
+        self.metadata = metadata
+        self.precision = precision
+        self._backend = backend
+        self._turn = threading.Lock()  # to use the backend
+        self._closed = False
+        self._change = threading.Lock()  # of the worker
+        self._closing = False
+        self._worker: ThreadPoolExecutor | None = None
+        self._places = threading.BoundedSemaphore(WAITING + 1)  # and one that runs
 
     @property
     def backend(self) -> str:
-        """One of ``BACKENDS``."""
-        ...
+        """The library that runs it."""
+        return self._backend.name
 
     @property
     def device(self) -> str:
-        """The device it runs on."""
-        ...
+        """``cpu`` or ``cuda:N``."""
+        return self._backend.device
 
-    def run(self, moving: ArrayLike, fixed: ArrayLike) -> EngineOutput:
-        """Register (B, 1, D, H, W) ``moving`` to ``fixed``, float32 in [0, 1]."""
-        ...
+    @property
+    def description(self) -> str:
+        """Backend, device and precision, for people."""
+        return f"{self.backend}, {self.device}, {self.precision}"
+
+    @property
+    def batch(self) -> int:
+        """What the number of pairs must be a multiple of."""
+        return max(1, self._backend.inputs["moving"][0])
+
+    def run(self, moving: Any, fixed: Any) -> EngineOutput:
+        """Register ``moving`` to ``fixed``, part by part if they are more than it takes at once.
+
+        Args:
+            moving: (B, 1, D, H, W) float32 in [0, 1], D, H, W those of `metadata`; an array, or
+                a torch tensor on the CPU.
+            fixed: the same.
+
+        Returns:
+            New arrays that belong to the caller.
+
+        Raises:
+            ShapeError: for any other shape, or batches that differ or that it cannot be fed.
+            DtypeError: for any other type, or a tensor on a GPU.
+            EngineMismatch: if the library fails, or memory does not suffice.
+            UsageError: if it is closed.
+        """
+        images = {"moving": _array("moving", moving), "fixed": _array("fixed", fixed)}
+        step = self._check(images)
+        batch = len(images["moving"])
+        try:
+            parts = [
+                self._execute(
+                    {n: np.ascontiguousarray(i[start : start + step]) for n, i in images.items()}
+                )
+                for start in range(0, batch, step)
+            ]
+            if len(parts) == 1:
+                return EngineOutput(parts[0]["moved"], parts[0]["disp"])
+            return EngineOutput(
+                np.concatenate([part["moved"] for part in parts]),
+                np.concatenate([part["disp"] for part in parts]),
+            )
+        except MemoryError as error:
+            raise failure(f"registering {batch} pairs at once", error) from error
+
+    def submit(self, moving: Any, fixed: Any) -> "Future[EngineOutput]":
+        """Register in the background, so that the next pair can be read meanwhile.
+
+        Pairs run one after the other in the order they came. While one runs two more may wait; a
+        further call waits for a place, so that results nobody fetched are all that can pile up.
+        The images must stay as they are until the result is there.
+
+        Args:
+            moving: as for `run`.
+            fixed: as for `run`.
+
+        Returns:
+            The output of `run` when it is there, or its error.
+
+        Raises:
+            UsageError: if it is closed.
+        """
+        self._places.acquire()
+        try:
+            with self._change:
+                if self._closing:
+                    raise _closed()
+                if self._worker is None:
+                    self._worker = ThreadPoolExecutor(1, thread_name_prefix="engine")
+                result = self._worker.submit(self.run, moving, fixed)
+        except BaseException:
+            self._places.release()
+            raise
+        result.add_done_callback(lambda _: self._places.release())
+        return result
+
+    def close(self) -> None:
+        """Wait for what was submitted, then free the engine. A second time does nothing."""
+        with self._change:
+            self._closing = True
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown()
+        with self._turn:
+            self._closed = True
+            self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _execute(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        with self._turn:
+            if self._closed:
+                raise _closed()
+            return self._backend.run(feeds)
+
+    def _check(self, images: dict[str, Array]) -> int:
+        """How many pairs to give at once."""
+        for name, image in images.items():
+            batch, *sizes = self._backend.inputs[name]
+            if image.ndim != len(sizes) + 1 or list(image.shape[1:]) != sizes or not len(image):
+                wanted = "B" if batch == ANY_BATCH else batch
+                raise ShapeError(
+                    f"{name} has shape {image.shape}, expected "
+                    f"({wanted}, {', '.join(map(str, sizes))}) for this engine",
+                    "resample to its grid (engine.metadata), or export with --shape",
+                )
+            if image.dtype != np.float32:
+                raise DtypeError(
+                    f"{name} is {image.dtype}, expected float32", f"{name}.astype('float32')"
+                )
+        batches = {name: len(image) for name, image in images.items()}
+        if len(set(batches.values())) != 1:
+            raise ShapeError(
+                f"the batches are {batches}, expected the same",
+                "give one fixed image for each moving one",
+            )
+        if batches["moving"] % self.batch:
+            raise ShapeError(
+                f"{batches['moving']} pairs were given, expected a multiple of {self.batch}, which "
+                "this engine was built for",
+                "fill up with pairs that are there already, or export with --batch 1",
+            )
+        if self._backend.inputs["moving"][0] == ANY_BATCH:
+            return AT_ONCE[self.device.partition(":")[0]]
+        return self.batch
 
 
-class EngineSession:
-    """A verified artefact and the backend that runs it.
+class ExportedEngine(Engine):
+    """An artefact that the exporter wrote, opened.
 
     Args:
         manifest: of the artefact.
-        backend: the loaded artefact.
+        backend: the loaded artefact. It belongs to the engine from now on.
 
     Raises:
         EngineMismatch: if the artefact's inputs or outputs are not those of the manifest.
@@ -66,142 +235,36 @@ class EngineSession:
         ):
             expected = {spec.name: spec.shape for spec in specs}
             if found != expected:
+                backend.close()
                 raise EngineMismatch(
                     f"{manifest.artefact}: its {what} are {found}, expected {expected} by its "
                     "manifest",
-                    _AGAIN,
+                    "export the weights again: python -m ulae_rt.export --weights FILE",
                 )
+        super().__init__(backend, manifest.metadata, manifest.precision)
         self.manifest = manifest
-        self._backend = backend
 
     @property
-    def backend(self) -> str:
-        """The library that runs it."""
-        return self._backend.name
+    def description(self) -> str:
+        """Backend, device, precision and file, for people."""
+        return f"{super().description} ({self.manifest.artefact})"
 
-    @property
-    def device(self) -> str:
-        """``cpu`` or ``cuda:N``."""
-        return self._backend.device
 
-    def run(self, moving: ArrayLike, fixed: ArrayLike) -> EngineOutput:
-        """Register ``moving`` to ``fixed``, part by part if the batch is larger than the graph's.
-
-        Args:
-            moving: (B, 1, D, H, W) float32 in [0, 1], D, H, W those of the manifest; an array, or
-                a torch tensor on the CPU.
-            fixed: the same.
-
-        Returns:
-            New arrays that belong to the caller.
-
-        Raises:
-            ShapeError: for any other shape, or batches that differ.
-            DtypeError: for any other type.
-        """
-        images = dict(zip(self._backend.inputs, map(np.asarray, (moving, fixed)), strict=True))
-        batch, graph_batch = self._check(images)
-        parts: list[dict[str, Array]] = []
-        for start in range(0, batch, graph_batch):
-            feeds = {
-                name: np.ascontiguousarray(image[start : start + graph_batch])
-                for name, image in images.items()
-            }
-            parts.append(self._backend.run(feeds))
-        if len(parts) == 1:
-            return EngineOutput(parts[0]["moved"], parts[0]["disp"])
-        return EngineOutput(
-            np.concatenate([part["moved"] for part in parts]),
-            np.concatenate([part["disp"] for part in parts]),
+def _array(name: str, image: Any) -> Array:
+    place = str(getattr(image, "device", "cpu"))
+    if place != "cpu":
+        raise DtypeError(
+            f"{name} is on {place}, expected it on the CPU; an engine copies it where it runs",
+            f"{name}.cpu()",
         )
-
-    def _check(self, images: dict[str, Array]) -> tuple[int, int]:
-        """The batch of the images and that of the graph, which divides it."""
-        for name, image in images.items():
-            graph_batch, *sizes = self._backend.inputs[name]
-            expected = f"(B, {', '.join(map(str, sizes))})"
-            if image.ndim != len(sizes) + 1 or list(image.shape[1:]) != sizes or not len(image):
-                raise ShapeError(
-                    f"{name} has shape {image.shape}, expected {expected} for this engine",
-                    "resample to the engine's grid (manifest.metadata), or export with --shape",
-                )
-            if image.dtype != np.float32:
-                raise DtypeError(
-                    f"{name} is {image.dtype}, expected float32", f"{name}.astype('float32')"
-                )
-        batches = {name: len(image) for name, image in images.items()}
-        batch = batches["moving"]
-        if len(set(batches.values())) != 1 or batch % graph_batch:
-            raise ShapeError(
-                f"the batches are {batches}, expected the same, a multiple of {graph_batch}",
-                "give one fixed image for each moving one",
-            )
-        return batch, graph_batch
-
-
-def load_engine(
-    path: str | Path, device: str = "auto", backend: str = "auto", precision: str = "fp32"
-) -> Engine:
-    """Open an engine that the exporter wrote.
-
-    Args:
-        path: the folder the exporter wrote, or one artefact in it, its manifest beside it.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        backend: ``auto``, ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
-        precision: which artefact of a folder; a file is what it is.
-
-    Returns:
-        The engine, ready to run.
-
-    Raises:
-        EngineMismatch: if a file is missing, is not what its manifest says, or cannot be loaded.
-        BackendUnavailable: if the backend or the device cannot be had here.
-        UsageError: for an unknown device or backend.
-    """
-    path = Path(path)
-    if path.is_dir():
-        folder, manifest = path, _choose(path, precision)
-    else:
-        folder, manifest = path.parent, _read_for(path)
-    artefact = folder / manifest.artefact
     try:
-        content = artefact.read_bytes()
-    except OSError as error:
-        raise EngineMismatch(f"{artefact}: cannot be read ({error.strerror})", _AGAIN) from error
-    # The bytes that were hashed are the bytes that are opened.
-    if (found := sha256(content)) != manifest.artefact_sha256:
-        raise EngineMismatch(
-            f"{artefact}: SHA-256 {found[:12]}..., expected {manifest.artefact_sha256[:12]}... "
-            "by its manifest; it was changed or damaged after it was verified",
-            _AGAIN,
-        )
-    return EngineSession(manifest, open_backend(manifest, content, device, backend))
+        return np.asarray(image)
+    except (TypeError, ValueError, RuntimeError) as error:  # what torch and numpy raise for theirs
+        raise DtypeError(
+            f"{name} cannot be read as an array: {error}",
+            f"give a float32 array; of a torch tensor {name}.detach().float()",
+        ) from error
 
 
-def _choose(folder: Path, precision: str) -> Manifest:
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise EngineMismatch(f"{folder}: holds no manifest, expected an engine folder", _AGAIN)
-    manifests = [Manifest.read(path) for path in paths]
-    for manifest in manifests:
-        if manifest.precision == precision:
-            return manifest
-    there = ", ".join(sorted({manifest.precision for manifest in manifests}))
-    raise EngineMismatch(
-        f"{folder}: holds no {precision} engine, only {there}", "ask for one that is there"
-    )
-
-
-def _read_for(artefact: Path) -> Manifest:
-    if not artefact.is_file():
-        raise EngineMismatch(
-            f"{artefact}: no such engine", "give the folder that export wrote, or a file in it"
-        )
-    manifest = Manifest.read(manifest_path(artefact))
-    if manifest.artefact != artefact.name:
-        raise EngineMismatch(
-            f"{manifest_path(artefact)}: is the manifest of {manifest.artefact}, expected "
-            f"{artefact.name}",
-            "an artefact keeps the name its export gave it",
-        )
-    return manifest
+def _closed() -> UsageError:
+    return UsageError("the engine is closed", "open it again with load_engine")

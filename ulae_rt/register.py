@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ulae_rt.allocator import keep_freed_memory
+from ulae_rt.engines.folder import PRECISIONS
+from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
 from ulae_rt.errors import EngineMismatch, UsageError
 from ulae_rt.imaging.affine import AFFINE_MODES
 from ulae_rt.imaging.warpfile import WARP_FORMATS
 from ulae_rt.registrar import (
     BACKENDS,
-    ENGINE_SUFFIXES,
-    PRECISIONS,
     SIMILARITY,
     Clock,
     Registrar,
@@ -61,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="(%(default)s)"
     )
-    network.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(%(default)s)")
+    network.add_argument(
+        "--precision", choices=PRECISIONS, default="auto",
+        help="auto: fp32 of weights, of an engine's folder the fastest (%(default)s)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:

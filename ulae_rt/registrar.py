@@ -3,18 +3,24 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.errors import CheckpointError, EngineMismatch, UsageError
+from ulae_rt.engines import BACKENDS as ENGINE_BACKENDS
+from ulae_rt.engines import Engine, EngineOutput, load_engine
+from ulae_rt.engines.backends.base import failure
+from ulae_rt.engines.folder import PRECISIONS
+from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
+from ulae_rt.engines.session import Metadata
+from ulae_rt.errors import CheckpointError, EngineMismatch, UlaeError, UsageError
 from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode, register_affine
 from ulae_rt.imaging.grid import (
     Affine,
@@ -47,36 +53,22 @@ from ulae_rt.imaging.transform import (
     warp_image,
 )
 from ulae_rt.imaging.warpfile import Warp, WarpFormat, warp_to_image
+from ulae_rt.manifest import ANY_BATCH
 from ulae_rt.optional import require
+
+if TYPE_CHECKING:
+    from ulae_rt.model import UlaeNet
 
 logger = logging.getLogger(__name__)
 
 Scan = PathLike | Volume | nib.Nifti1Image | tuple[NDArray[Any], NDArray[Any]]
 
-BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
-PRECISIONS = ("fp32", "fp16", "bf16")
-ENGINE_SUFFIXES = (".onnx", ".engine", ".pt2")
+BACKENDS = ("auto", "torch", *ENGINE_BACKENDS[1:])
 SIMILARITY = "Pearson correlation inside the fixed brain"
 
 
-class Metadata(Protocol):
-    """What a network was made for; the fields of a checkpoint's and of an engine's metadata."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(D, H, W) of its grid."""
-
-    @property
-    def spacing_mm(self) -> float:
-        """Spacing of its grid, a whole number of mm."""
-
-    @property
-    def normalisation(self) -> str:
-        """How intensities become [0, 1]; see `ulae_rt.imaging.grid.intensity_scale`."""
-
-
 class Network(Protocol):
-    """A network behind one interface, whatever runs it."""
+    """A network behind one interface, whatever runs it; an `Engine` is one."""
 
     @property
     def metadata(self) -> Metadata:
@@ -86,56 +78,71 @@ class Network(Protocol):
     def description(self) -> str:
         """Backend, device and precision, for people."""
 
-    def displacement(
-        self, moving: NDArray[np.float32], fixed: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """(3, D, H, W) voxels, from (D, H, W) each in [0, 1]."""
+    @property
+    def batch(self) -> int:
+        """What the number of pairs must be a multiple of."""
+
+    def run(self, moving: Any, fixed: Any) -> EngineOutput:
+        """Register (B, 1, D, H, W) float32 each in [0, 1]."""
 
 
-class _TorchNetwork:
-    def __init__(self, path: Path | None, device: str, precision: str) -> None:
-        # Here, not above: `register --engine` runs without torch.
-        torch = require("torch", "torch")
-        require("safetensors", "torch")
-        from ulae_rt.model import load_model
+class TorchBackend:
+    """Weights run by torch, with the methods that the backends of exported engines have.
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._torch = torch
-        self._device = device
-        self._model = load_model(path, device=device, precision=precision)
-        self.metadata: Metadata = self._model.metadata
-        self.description = f"torch, {device}, {precision}"
+    Args:
+        model: in eval mode, in its precision and on its device.
+        device: that device.
+    """
 
-    def displacement(
-        self, moving: NDArray[np.float32], fixed: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        torch = self._torch
+    name = "torch"
+
+    def __init__(self, model: "UlaeNet", device: str) -> None:
+        self.device = device
+        self._model: UlaeNet | None = model
+        image: tuple[int, ...] = (ANY_BATCH, 1, *model.metadata.shape)
+        disp: tuple[int, ...] = (ANY_BATCH, 3, *model.metadata.shape)
+        self.inputs = {"moving": image, "fixed": image}
+        self.outputs = {"moved": image, "disp": disp}
+
+    def run(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Execute once; see `ulae_rt.engines.backends.base.Backend.run`."""
+        import torch
+
+        assert self._model is not None  # its engine sees to that
         # torch lets cuDNN round float32 convolutions to TF32 unless told otherwise; a displacement
         # of 20 voxels would be off by hundredths of one.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.inference_mode(), exact:
-            inputs = [torch.from_numpy(x)[None, None].to(self._device) for x in (moving, fixed)]
-            disp = self._model.predict(*inputs).disp
-            return np.asarray(disp[0].float().cpu().numpy())
+        try:
+            with torch.inference_mode(), exact:
+                # torch warns of arrays that may not be written to.
+                arrays = [np.require(image, requirements="W") for image in feeds.values()]
+                images = [torch.from_numpy(array).to(self.device) for array in arrays]
+                out = self._model.predict(*images)
+                return {
+                    "moved": np.asarray(out.moved.float().cpu().numpy()),
+                    "disp": np.asarray(out.disp.float().cpu().numpy()),
+                }
+        except RuntimeError as error:  # torch has no narrower one for memory of the CPU
+            if isinstance(error, UlaeError):
+                raise
+            raise failure(f"running the weights on {self.device}", error) from error
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._model = None
 
 
-class _EngineNetwork:
-    def __init__(self, path: Path, device: str, backend: str, precision: str) -> None:
-        from ulae_rt.engines import load_engine
+def _open_weights(path: Path | None, device: str, precision: str) -> Engine:
+    # Here, not above: `register --engine` runs without torch.
+    torch = require("torch", "torch")
+    require("safetensors", "torch")
+    from ulae_rt.model import load_model
 
-        self._engine = load_engine(path, device=device, backend=backend, precision=precision)
-        manifest = self._engine.manifest
-        self.metadata: Metadata = manifest.metadata
-        self.description = f"{self._engine.backend}, {self._engine.device}, {manifest.precision}"
-        self._batch = manifest.inputs[0].shape[0]
-
-    def displacement(
-        self, moving: NDArray[np.float32], fixed: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        # An engine made for more pairs at once gets the one as often as it wants.
-        inputs = [np.broadcast_to(x, (self._batch, 1, *x.shape)) for x in (moving, fixed)]
-        return np.asarray(self._engine.run(*inputs).disp[0], np.float32)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "fp32" if precision == "auto" else precision  # what the weights are
+    model = load_model(path, device=device, precision=precision)
+    return Engine(TorchBackend(model, device), model.metadata, precision)
 
 
 def load_network(
@@ -144,8 +151,16 @@ def load_network(
     device: str = "auto",
     backend: str = "auto",
     precision: str = "fp32",
-) -> Network:
+) -> Engine:
     """Open weights (run by torch) or an engine (a folder, ``.onnx``, ``.engine``, ``.pt2``).
+
+    Args:
+        path: a weights file, an engine's folder or file, or None for the weights that the package
+            ships.
+        device: ``auto``, ``cpu`` or ``cuda[:N]``.
+        backend: what runs it; ``auto`` decides by the file, and in a folder for the fastest.
+        precision: of the network's features; of an engine's folder, which one. ``auto`` is fp32
+            for weights and whichever is the fastest for a folder.
 
     Raises:
         UsageError: an unknown backend or precision, or a backend that does not fit the file.
@@ -161,13 +176,13 @@ def load_network(
     if path is not None and (path.is_dir() or path.suffix in ENGINE_SUFFIXES):
         if backend == "torch":
             raise UsageError(f"{path} is an engine, which torch does not run", "give --weights")
-        return _EngineNetwork(path, device, backend, precision)
+        return load_engine(path, device=device, backend=backend, precision=precision)
     if backend not in ("auto", "torch"):
         raise UsageError(
             f"backend {backend} needs an engine, not weights",
             "make one with 'ulae-rt export' and give its folder: --engine DIR",
         )
-    return _TorchNetwork(path, device, precision)
+    return _open_weights(path, device, precision)
 
 
 @dataclass
@@ -323,7 +338,8 @@ class Registrar:
                 the weights that the package ships.
             device: ``auto``, ``cpu`` or ``cuda[:N]``.
             backend: what runs the network; ``auto`` decides by the file.
-            precision: of the network's features; of an engine's folder, which one.
+            precision: of the network's features; of an engine's folder, which one. ``auto`` takes
+                fp32 weights, and of a folder the fastest engine.
             affine: how the pair is aligned first; see `register_affine`.
         """
         if affine not in AFFINE_MODES:
@@ -331,6 +347,7 @@ class Registrar:
                 f"affine is {affine!r}, expected one of {', '.join(AFFINE_MODES)}", "see -h"
             )
         self.affine: AffineMode = affine
+        self.network: Network
         if weights is None or isinstance(weights, str | os.PathLike):
             self.network = load_network(
                 weights, device=device, backend=backend, precision=precision
@@ -431,7 +448,10 @@ class Registrar:
     def _displacement(
         self, moving: NDArray[np.float32], fixed: NDArray[np.float32], grid: Grid
     ) -> NDArray[np.float32]:
-        disp = self.network.displacement(moving, fixed)
+        # An engine made for more pairs at once gets the one as often as it wants.
+        size = self.network.batch
+        images = [np.repeat(x[None, None], size, axis=0) for x in (moving, fixed)]
+        disp: NDArray[np.float32] = self.network.run(*images).disp[0]
         if disp.shape != (3, *grid.shape):
             raise EngineMismatch(
                 f"the network returned a displacement of {disp.shape}, expected {(3, *grid.shape)}",

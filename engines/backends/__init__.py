@@ -3,7 +3,9 @@
 from ulae_rt.engines.backends.base import Array, Backend
 from ulae_rt.engines.backends.onnxruntime import OnnxRuntimeBackend
 from ulae_rt.engines.backends.pt2 import Pt2Backend
-from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
+from ulae_rt.engines.backends.tensorrt import TensorRtBackend
+from ulae_rt.engines.machine import check, devices_for, parse_device
+from ulae_rt.errors import EngineMismatch, UsageError
 from ulae_rt.manifest import Manifest
 
 __all__ = ["BACKENDS", "Array", "Backend", "OnnxRuntimeBackend", "backend_of", "open_backend"]
@@ -16,8 +18,10 @@ def backend_of(manifest: Manifest) -> str:
     return "onnxruntime" if manifest.kind == "onnx" else manifest.kind
 
 
-def open_backend(manifest: Manifest, content: bytes, device: str, backend: str) -> Backend:
-    """Load an artefact.
+def open_backend(
+    manifest: Manifest, content: bytes, device: str = "auto", backend: str = "auto"
+) -> Backend:
+    """Load an artefact, if its manifest says that it was made for this machine.
 
     Args:
         manifest: what the artefact is.
@@ -27,22 +31,24 @@ def open_backend(manifest: Manifest, content: bytes, device: str, backend: str) 
 
     Raises:
         UsageError: for an unknown device or backend.
-        BackendUnavailable: if the backend or the device cannot be had here.
-        EngineMismatch: if the backend asked for opens other files, or cannot load this one.
+        BackendUnavailable: if the backend or the device cannot be had here, or the artefact is for
+            another GPU.
+        EngineMismatch: if the backend asked for opens other files, another version of the library
+            made this one, or it cannot be loaded.
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if parse_device(device)[0] == "auto":
+        device = devices_for(manifest)[0]
     needed = backend_of(manifest)
     if backend not in ("auto", needed):
         raise EngineMismatch(
             f"{manifest.artefact}: backend {backend} was asked for, and {needed} opens it",
             f"use --backend auto or {needed}",
         )
+    check(manifest, device)
+    if needed == "onnxruntime":
+        return OnnxRuntimeBackend(content, device, manifest.batch)
     if needed == "pt2":
         return Pt2Backend(content, manifest, device)
-    if needed != "onnxruntime":
-        raise BackendUnavailable(
-            f"{manifest.artefact}: backend {needed} is not in this version",
-            "use an ONNX engine",
-        )
-    return OnnxRuntimeBackend(content, device)
+    return TensorRtBackend(content, manifest.kind, device)

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.errors import EngineMismatch, UsageError
+from ulae_rt.errors import EngineMismatch
 
 Array = NDArray[np.float32]
 
@@ -61,7 +61,7 @@ def failure(what: str, error: object) -> EngineMismatch:
         )
     return EngineMismatch(
         f"failed {what}: {said or type(error).__name__}",
-        "export the weights again with this version installed; `ulae-rt doctor` says what can run",
+        "`ulae-rt doctor` says what can run; an engine needs the versions it was exported with",
     )
 
 
@@ -76,16 +76,3 @@ _OUT_OF_MEMORY = (
     "cannot allocate",
     "memoryallocation",
 )
-
-
-def parse_device(device: str) -> tuple[str, int]:
-    """``auto``, ``cpu`` or ``cuda``, and the number of the GPU.
-
-    Raises:
-        UsageError: for anything else.
-    """
-    kind, separator, index = device.partition(":")
-    known = kind in ("auto", "cpu") and not separator
-    if known or (kind == "cuda" and (index.isdecimal() or not separator)):
-        return kind, int(index or 0)
-    raise UsageError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")

@@ -1,6 +1,7 @@
 """Networks whose displacement is known: no torch, no weights."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -16,6 +17,7 @@ class FakeNetwork:
     """Shifts by ``shift`` voxels of its grid, or raises or returns what it is told to."""
 
     description = "fake"
+    batch = 1
 
     def __init__(self, shift=(0.0, 0.0, 0.0), metadata=None, answer=None):
         self.metadata = metadata or FakeMetadata()
@@ -23,7 +25,10 @@ class FakeNetwork:
         self.answer = answer
         self.seen: tuple[np.ndarray, np.ndarray] | None = None
 
-    def displacement(self, moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    def run(self, moving: np.ndarray, fixed: np.ndarray) -> SimpleNamespace:
+        return SimpleNamespace(disp=self._displacement(moving[0, 0], fixed[0, 0])[None])
+
+    def _displacement(self, moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
         assert moving.shape == fixed.shape == self.metadata.shape
         assert moving.dtype == fixed.dtype == np.float32
         self.seen = moving, fixed

@@ -271,7 +271,7 @@ def test_answers_that_no_network_may_give(pair, tmp_path):
 def test_choices_that_make_no_sense(tmp_path):
     with pytest.raises(UsageError, match="backend is 'tf', expected one of auto"):
         load_network(backend="tf")
-    with pytest.raises(UsageError, match="precision is 'int8', expected one of fp32"):
+    with pytest.raises(UsageError, match="precision is 'int8', expected one of auto, fp32"):
         load_network(precision="int8")
     with pytest.raises(UsageError, match="which torch does not run"):
         load_network(tmp_path, backend="torch")

@@ -3,89 +3,22 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 
+from _support.engines import SHAPE, edit, images, pretend_machine, write_engine
 from ulae_rt.engines import load_engine
+from ulae_rt.engines.machine import Gpu
 from ulae_rt.errors import BackendUnavailable, DtypeError, EngineMismatch, ShapeError, UsageError
-from ulae_rt.manifest import (
-    VERIFIED,
-    EngineMetadata,
-    Manifest,
-    Measured,
-    TensorSpec,
-    Work,
-    sha256,
-)
-
-SHAPE = (4, 6, 5)
-
-
-def spec(name, channels):
-    components = ("d", "h", "w") if channels == 3 else ("intensity",)
-    return TensorSpec(name, (1, channels, *SHAPE), "float32", "", components)
-
-
-def write_engine(folder: Path, precision: str = "fp32") -> Path:
-    """A graph of two nodes in place of a network: moved = M + F, disp = three times M - F."""
-    folder.mkdir(exist_ok=True)
-    images = [helper.make_tensor_value_info(n, 1, (1, 1, *SHAPE)) for n in ("moving", "fixed")]
-    results = [
-        helper.make_tensor_value_info("moved", 1, (1, 1, *SHAPE)),
-        helper.make_tensor_value_info("disp", 1, (1, 3, *SHAPE)),
-    ]
-    size = helper.make_tensor("size", TensorProto.INT64, (5,), (1, 3, 1, 1, 1))
-    nodes = [
-        helper.make_node("Add", ["moving", "fixed"], ["moved"]),
-        helper.make_node("Sub", ["moving", "fixed"], ["difference"]),
-        helper.make_node("Expand", ["difference", "size"], ["disp"]),
-    ]
-    graph = helper.make_graph(nodes, "net", images, results, [size])
-    opset = [helper.make_opsetid("", 20)]
-    content = helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
-    manifest = Manifest(
-        artefact=f"ulae-net-{precision}.onnx",
-        kind="onnx",
-        precision=precision,
-        target="any",
-        compatibility="none",
-        inputs=(spec("moving", 1), spec("fixed", 1)),
-        outputs=(spec("moved", 1), spec("disp", 3)),
-        metadata=EngineMetadata("paper", SHAPE, 1.0, "max", "none", "CC0"),
-        preprocessing=("skull-stripped",),
-        versions={"ulae-rt": "0.1.0"},
-        work=Work(0.0, 1e-6, 3),
-        types={},
-        weights_sha256="0" * 64,
-        artefact_sha256=sha256(content),
-        status=VERIFIED,
-        errors=(
-            Measured("noise", "onnxruntime cpu", "x86", 0.1, 3.0, 1e-6, 1e-5, 1e-4, 1e-7, 1e-6, 0),
-        ),
-        date="2026-01-01T00:00:00+00:00",
-    )
-    (folder / manifest.artefact).write_bytes(content)
-    (folder / f"ulae-net-{precision}.json").write_text(manifest.to_json())
-    return folder
+from ulae_rt.manifest import Manifest, sha256
 
 
 @pytest.fixture
 def folder(tmp_path):
     return write_engine(tmp_path / "engine")
-
-
-def images(batch=1):
-    generator = np.random.default_rng(0)
-    return generator.random((2, batch, 1, *SHAPE), dtype=np.float32)
-
-
-def edit(path: Path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -124,11 +57,11 @@ def test_wrong_images_are_refused(folder, change, error, message):
 
 
 def test_precision_chooses_among_several(folder):
-    write_engine(folder, "fp16")
+    write_engine(folder, precision="fp16")
     assert load_engine(folder).manifest.precision == "fp32"
     assert load_engine(folder, precision="fp16").manifest.precision == "fp16"
     assert load_engine(folder / "ulae-net-fp16.onnx").manifest.precision == "fp16"
-    with pytest.raises(EngineMismatch, match="holds no bf16 engine, only fp16, fp32"):
+    with pytest.raises(EngineMismatch, match="no engine of precision bf16, only fp16, fp32"):
         load_engine(folder, precision="bf16")
 
 
@@ -137,7 +70,7 @@ def test_changed_artefact_is_never_opened(folder, monkeypatch):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    monkeypatch.setattr("ulae_rt.engines.session.open_backend", None)
+    monkeypatch.setattr("ulae_rt.engines.folder.open_backend", None)
     with pytest.raises(EngineMismatch, match=r"SHA-256 .* expected .* changed or damaged"):
         load_engine(folder)
 
@@ -157,7 +90,7 @@ def test_graph_of_another_size_is_refused(folder):
 def test_file_that_is_no_model_is_refused(folder):
     (folder / "ulae-net-fp32.onnx").write_bytes(b"nothing")
     edit(folder / "ulae-net-fp32.json", artefact_sha256=sha256(b"nothing"))
-    with pytest.raises(EngineMismatch, match="cannot load the model"):
+    with pytest.raises(EngineMismatch, match="failed loading the model with ONNX Runtime"):
         load_engine(folder)
 
 
@@ -167,7 +100,8 @@ def test_file_that_is_no_model_is_refused(folder):
         ({"format_version": 3}, "manifest format 3, expected 2"),
         ({"kind": "plan"}, "kind is 'plan', expected one of onnx"),
         ({"artefact": "../other.onnx"}, "expected a file name without a folder"),
-        ({"artefact": "missing.onnx"}, "missing.onnx: cannot be read"),
+        ({"artefact": "missing.onnx"}, "is the manifest of missing.onnx, expected ulae"),
+        ({"precision": "int4"}, "precision is 'int4', expected one of fp32"),
         ({"metadata": {"variant": "paper"}}, "metadata has no 'licence'"),
         ({"metadata": []}, "metadata is list .* expected an object"),
         ({"surprise": 1}, "unknown 'surprise'"),
@@ -184,6 +118,17 @@ def test_manifest_that_does_not_fit_is_refused(folder, changes, message):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float16"}, {"name": "image"}, {"shape": [1, 1, 4, 6, 6]}]
+)
+def test_manifest_of_other_tensors_is_refused(folder, change):
+    path = folder / "ulae-net-fp32.json"
+    inputs = json.loads(path.read_text())["inputs"]
+    edit(path, inputs=[inputs[0], inputs[1] | change])
+    with pytest.raises(EngineMismatch, match=r"its inputs and outputs are .* expected"):
+        load_engine(folder)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "null", "\x00\xff"])
 def test_file_that_is_no_manifest_is_refused(folder, content):
     (folder / "ulae-net-fp32.json").write_text(content, encoding="latin-1")
@@ -194,8 +139,16 @@ def test_file_that_is_no_manifest_is_refused(folder, content):
 def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(EngineMismatch, match="no such engine"):
         load_engine(tmp_path / "nowhere")
+    with pytest.raises(EngineMismatch, match="holds no engine"):
+        load_engine(tmp_path)
+    artefact = folder / "ulae-net-fp32.onnx"
+    content = artefact.read_bytes()
+    artefact.unlink()
+    with pytest.raises(EngineMismatch, match=r"fp32\.onnx: cannot be read \(No such file"):
+        load_engine(folder)
+    artefact.write_bytes(content)
     (folder / "ulae-net-fp32.json").unlink()
-    with pytest.raises(EngineMismatch, match="holds no manifest"):
+    with pytest.raises(EngineMismatch, match="no such manifest"):
         load_engine(folder)
     with pytest.raises(EngineMismatch, match="no such manifest"):
         load_engine(folder / "ulae-net-fp32.onnx")
@@ -210,7 +163,7 @@ def test_renamed_artefact_is_refused(folder):
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_backend_of_other_files_says_so(folder, backend):
-    with pytest.raises(EngineMismatch, match=f"backend {backend} was .* onnxruntime opens it"):
+    with pytest.raises(EngineMismatch, match=f"no engine of backend {backend}, only onnxruntime"):
         load_engine(folder, backend=backend)
 
 
@@ -227,6 +180,9 @@ def test_unknown_backend_is_wrong_usage(folder):
 
 def test_cuda_is_refused_where_the_runtime_has_none(folder, monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendUnavailable, match="needs GPU 1, and this machine has none"):
+        load_engine(folder, device="cuda:1")
+    pretend_machine(monkeypatch, gpus=(Gpu("NVIDIA T4", 75),) * 2)
     with pytest.raises(BackendUnavailable, match=r"device cuda:1 .* CPU only"):
         load_engine(folder, device="cuda:1")
     assert load_engine(folder, device="auto").device == "cpu"

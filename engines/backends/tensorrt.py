@@ -1,0 +1,143 @@
+"""TensorRT and TensorRT-RTX: ``.engine``, on one GPU. The two libraries share their interface."""
+
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from ulae_rt.engines.backends.base import Array, failure
+from ulae_rt.engines.backends.cuda import Buffer, Cuda
+from ulae_rt.engines.machine import TENSORRT_MODULES, parse_device
+from ulae_rt.errors import EngineMismatch
+from ulae_rt.optional import require
+
+logger = logging.getLogger(__name__)
+
+
+class TensorRtBackend:
+    """A plan with its memory, its stream and its CUDA graph, all made once.
+
+    Args:
+        content: the bytes of a plan.
+        kind: ``tensorrt`` or ``tensorrt-rtx``.
+        device: ``cuda`` or ``cuda:N``.
+
+    Raises:
+        BackendUnavailable: if the library or a GPU is missing.
+        EngineMismatch: if the library refuses the plan, or memory does not suffice.
+    """
+
+    def __init__(self, content: bytes, kind: str, device: str = "cuda") -> None:
+        self.name = kind
+        index = parse_device(device)[1]
+        self.device = f"cuda:{index}"
+        library = require(TENSORRT_MODULES[kind], kind)
+        self._cuda = Cuda(index, kind)
+        # Also where nobody closes it: device memory is not Python's to collect.
+        self._free = weakref.finalize(self, self._cuda.close)
+        self._graph: Any = None
+        try:
+            self._load(library, content)
+            self._prepare(library)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, library: Any, content: bytes) -> None:
+        said = _logger(library)
+        self._logger = said  # the library keeps no reference of its own
+        self._runtime = library.Runtime(said)
+        self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            version = getattr(library, "__version__", "")
+            raise failure(
+                f"loading the engine with {self.name} {version} on {self.device}", said.last
+            )
+        self.inputs: dict[str, tuple[int, ...]] = {}
+        self.outputs: dict[str, tuple[int, ...]] = {}
+        for i in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(i)
+            shape = tuple(self._engine.get_tensor_shape(name))
+            dtype = self._engine.get_tensor_dtype(name)
+            if dtype != library.DataType.FLOAT or min(shape) < 1:
+                raise EngineMismatch(
+                    f"the engine's {name} is {dtype} of {shape}, expected float32 of fixed sizes",
+                    "export the weights again; engines of this package take nothing else",
+                )
+            is_input = self._engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
+            (self.inputs if is_input else self.outputs)[name] = shape
+
+    def _prepare(self, library: Any) -> None:
+        """Take all the memory and run once: TensorRT sets itself up in the first run."""
+        own_graph = self.name == "tensorrt"
+        if own_graph:
+            self._context = self._engine.create_execution_context()
+        else:  # RTX records the graph itself, once its kernels are compiled for this GPU
+            config = self._engine.create_runtime_config()
+            config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            self._context = self._engine.create_execution_context(config)
+        if self._context is None:
+            raise failure(f"preparing the engine on {self.device}", self._logger.last)
+        self._stream = self._cuda.stream()
+        self._buffers = {
+            name: Buffer(self._cuda, shape) for name, shape in (self.inputs | self.outputs).items()
+        }
+        for name, buffer in self._buffers.items():
+            if not self._context.set_tensor_address(name, buffer.device):
+                raise failure(f"giving {name} its place on {self.device}", self._logger.last)
+            buffer.array[...] = 0
+        self.run({name: self._buffers[name].array for name in self.inputs})
+        if own_graph:
+            try:
+                self._graph = self._record()
+            except EngineMismatch as error:
+                logger.warning(
+                    "without a CUDA graph on %s, which is slower: %s", self.device, error
+                )
+
+    def _record(self) -> Any:
+        self._cuda.begin_capture(self._stream)
+        try:
+            self._enqueue()
+        finally:  # recording has to end, whatever became of it
+            graph = self._cuda.end_capture(self._stream)
+        return graph
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise failure(f"running the engine on {self.device}", self._logger.last)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute once; see :meth:`Backend.run`."""
+        cuda, stream = self._cuda, self._stream
+        cuda.use()
+        for name in self.inputs:
+            self._buffers[name].array[...] = feeds[name]
+            cuda.upload(self._buffers[name], stream)
+        if self._graph is None:
+            self._enqueue()
+        else:
+            cuda("cudaGraphLaunch", self._graph, stream)
+        for name in self.outputs:
+            cuda.download(self._buffers[name], stream)
+        cuda.wait(stream)
+        return {name: self._buffers[name].array.copy() for name in self.outputs}
+
+    def close(self) -> None:
+        """Free the engine and its memory."""
+        self._free()
+        self._buffers = {}
+        self._graph = self._context = self._engine = self._runtime = None
+
+
+def _logger(library: Any) -> Any:
+    """A logger that keeps the last error: calls of the library give None or False, and log why."""
+
+    class Logger(library.ILogger):  # type: ignore[misc]
+        last = "no reason was logged"
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.ERROR, library.ILogger.INTERNAL_ERROR):
+                self.last = message
+
+    return Logger()
