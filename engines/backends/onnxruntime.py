@@ -55,9 +55,6 @@ class OnnxRuntimeBackend:
                 "replace it: pip uninstall onnxruntime, then pip install onnxruntime-gpu",
             )
         options = _options()
-        # The CPU provider is not named, since that would permit what this forbids: a node that
-        # runs on the CPU, its inputs and outputs carried back and forth, unsaid.
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         # No TF32, which keeps 10 bits; and no more memory than is asked for.
         settings = {
             "device_id": str(self._index),
@@ -65,8 +62,13 @@ class OnnxRuntimeBackend:
             "arena_extend_strategy": "kSameAsRequested",
         }
         if batch == ANY_BATCH:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             self._load(content, options, [(CUDA_PROVIDER, settings)])
+            self._check_nodes()
             return
+        # The CPU provider is not named, since that would permit what this forbids: a node that
+        # runs on the CPU, its inputs and outputs carried back and forth, unsaid.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
             self._load(content, options, [(CUDA_PROVIDER, {**settings, "enable_cuda_graph": "1"})])
             self._bind()
@@ -85,17 +87,25 @@ class OnnxRuntimeBackend:
             )
         except Exception as error:  # its exceptions share no base class of their own
             if "assigned to the default CPU EP" in str(error):
-                raise BackendUnavailable(
-                    f"ONNX Runtime {runtime.__version__} cannot run the whole model on "
-                    f"{self.device}: its CUDA libraries do not load, or it lacks a kernel",
-                    "install the CUDA and cuDNN that this onnxruntime-gpu (1.25 or later) names, "
-                    "or use --device cpu",
+                raise _not_on_gpu(
+                    self.device, "its CUDA libraries do not load, or it lacks a kernel"
                 ) from error
             raise failure(
                 f"loading the model with ONNX Runtime {runtime.__version__} on {self.device}", error
             ) from error
         self.inputs = {x.name: _shape(x.shape) for x in self._session.get_inputs()}
         self.outputs = {x.name: _shape(x.shape) for x in self._session.get_outputs()}
+
+    def _check_nodes(self) -> None:
+        """With an open batch the sizes are reckoned on the CPU, and nothing else may be there."""
+        there = {
+            node.op_type
+            for part in self._session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+            if part.ep_name != CUDA_PROVIDER
+        }
+        if others := sorted(there - _OF_SIZES):
+            raise _not_on_gpu(self.device, f"it puts {', '.join(others)} on the CPU")
 
     def _bind(self) -> None:
         """Give every input and output its place on the GPU, and run once: that records the graph.
@@ -139,9 +149,26 @@ class OnnxRuntimeBackend:
         self._places = {}
 
 
+# What sizes are reckoned with.
+_OF_SIZES = frozenset(
+    {
+        "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Gather", "Mul",
+        "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+    }
+)  # fmt: skip
+
+
+def _not_on_gpu(device: str, why: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"ONNX Runtime {onnxruntime().__version__} cannot run the whole model on {device}: {why}",
+        "install onnxruntime-gpu 1.25 or later with the CUDA and cuDNN it names, or use "
+        "--device cpu",
+    )
+
+
 def _options() -> Any:
     options = onnxruntime().SessionOptions()
-    options.log_severity_level = 3  # errors; what matters is raised
+    options.log_severity_level = 4  # what is wrong is raised, and need not be printed too
     return options
 
 

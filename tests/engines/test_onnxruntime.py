@@ -1,0 +1,262 @@
+"""ONNX Runtime's backend: the CPU for real, CUDA with a fake that computes and keeps count."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from _support.engines import SHAPE, graph, images, pretend_machine, write_engine
+from ulae_rt.engines import load_engine
+from ulae_rt.engines.backends import onnxruntime as backend_module
+from ulae_rt.engines.backends.onnxruntime import OnnxRuntimeBackend
+from ulae_rt.engines.machine import Gpu
+from ulae_rt.errors import BackendUnavailable, EngineMismatch
+from ulae_rt.manifest import ANY_BATCH
+
+CUDA = "CUDAExecutionProvider"
+STRICT = ("session.disable_cpu_ep_fallback", "1")
+FALLBACK = (
+    "This session contains graph nodes that are assigned to the default CPU EP, but fallback to "
+    "CPU EP has been explicitly disabled by the user."
+)
+
+
+class FakeRuntime:
+    """An onnxruntime-gpu; sessions and values know what was done with them."""
+
+    __version__ = "1.32.0"
+
+    def __init__(self):
+        self.sessions = []
+        self.on_cpu = []  # op types that it has no CUDA kernel for
+        self.graphs_fail = False
+        self.out_of_memory = False
+        self.values = []
+        runtime = self
+
+        class SessionOptions:
+            def __init__(self):
+                self.entries = []
+
+            def add_session_config_entry(self, key, value):
+                self.entries.append((key, value))
+
+        class OrtValue:
+            def __init__(self, shape):
+                self.array = np.full(shape, np.nan, np.float32)
+                self.place = id(self.array)
+                runtime.values.append(self)
+
+            @classmethod
+            def ortvalue_from_shape_and_type(cls, shape, dtype, device, index):
+                assert (dtype, device) == (np.float32, "cuda")
+                return cls(shape)
+
+            def update_inplace(self, array):
+                assert array.flags.c_contiguous
+                self.array[...] = array
+
+            def numpy(self):
+                return self.array.copy()
+
+        class InferenceSession:
+            def __init__(self, content, options, providers, enable_fallback):
+                assert enable_fallback == 0
+                if runtime.on_cpu and STRICT in options.entries:
+                    raise RuntimeError(FALLBACK)
+                ((self.provider, self.settings),) = providers
+                self.options, self.runs = options, 0
+                self.batch = 1
+                runtime.sessions.append(self)
+
+            def get_inputs(self):
+                return self.tensors("moving", "fixed")
+
+            def get_outputs(self):
+                return self.tensors("moved", "disp")
+
+            def tensors(self, *names):
+                first = runtime.batch if runtime.batch > 0 else "batch"
+                return [
+                    SimpleNamespace(name=n, shape=[first, 3 if n == "disp" else 1, *SHAPE])
+                    for n in names
+                ]
+
+            def get_provider_graph_assignment_info(self):
+                node = lambda kind: SimpleNamespace(op_type=kind)  # noqa: E731
+                cuda = SimpleNamespace(ep_name=CUDA, get_nodes=lambda: [node("Conv")])
+                cpu = SimpleNamespace(
+                    ep_name="CPUExecutionProvider",
+                    get_nodes=lambda: [node(kind) for kind in runtime.on_cpu],
+                )
+                return [cuda, cpu]
+
+            def io_binding(self):
+                return Binding()
+
+            def run_with_iobinding(self, binding):
+                self.runs += 1
+                if runtime.out_of_memory:
+                    raise RuntimeError("CUDA failure 2: out of memory ; GPU=0")
+                if runtime.graphs_fail and "enable_cuda_graph" in self.settings:
+                    raise RuntimeError("CUDA failure 900: operation not permitted")
+                moving, fixed = (binding.values[name].array for name in ("moving", "fixed"))
+                binding.values["moved"].array[...] = moving + fixed
+                binding.values["disp"].array[...] = moving - fixed
+
+            def run(self, names, feeds):
+                self.runs += 1
+                difference = feeds["moving"] - feeds["fixed"]
+                return [feeds["moving"] + feeds["fixed"], np.repeat(difference, 3, axis=1)]
+
+        class Binding:
+            def __init__(self):
+                self.values = {}
+
+            def bind_ortvalue_input(self, name, value):
+                self.values[name] = value
+
+            def bind_ortvalue_output(self, name, value):
+                self.values[name] = value
+
+        self.batch = 1
+        self.SessionOptions, self.OrtValue = SessionOptions, OrtValue
+        self.InferenceSession = InferenceSession
+
+    def get_available_providers(self):
+        return [CUDA, "CPUExecutionProvider"]
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    fake = FakeRuntime()
+    monkeypatch.setattr(backend_module, "onnxruntime", lambda: fake)
+    return fake
+
+
+def feeds(batch=1):
+    return dict(zip(("moving", "fixed"), images(batch), strict=True))
+
+
+def assert_right(found, given):
+    np.testing.assert_array_equal(found["moved"], given["moving"] + given["fixed"])
+    difference = given["moving"] - given["fixed"]
+    np.testing.assert_array_equal(found["disp"], np.repeat(difference, 3, axis=1))
+
+
+def test_cuda_keeps_to_the_gpu_exactly_and_replays_a_graph(runtime):
+    backend = OnnxRuntimeBackend(b"", "cuda:2")
+    (session,) = runtime.sessions
+    assert backend.device == "cuda:2"
+    assert session.provider == CUDA
+    assert session.settings == {
+        "device_id": "2",
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+        "enable_cuda_graph": "1",
+    }
+    assert STRICT in session.options.entries
+    assert session.runs == 2  # set up and recorded before the first images come
+
+
+def test_cuda_results_lie_in_the_same_place_and_belong_to_the_caller(runtime):
+    backend = OnnxRuntimeBackend(b"", "cuda")
+    places = [value.place for value in runtime.values]
+    first, second = feeds(), {name: image[..., ::-1].copy() for name, image in feeds().items()}
+    result = backend.run(first)
+    assert_right(backend.run(second), second)
+    assert_right(result, first)
+    assert [value.place for value in runtime.values] == places
+    assert len(places) == 4
+
+
+def test_graph_that_cannot_be_recorded_is_said_and_done_without(runtime, caplog):
+    runtime.graphs_fail = True
+    backend = OnnxRuntimeBackend(b"", "cuda")
+    assert "without a CUDA graph on cuda:0, which is slower: failed preparing" in caplog.text
+    assert "enable_cuda_graph" not in runtime.sessions[-1].settings
+    assert_right(backend.run(feeds()), feeds())
+
+
+def test_node_on_the_cpu_is_refused(runtime):
+    runtime.on_cpu = ["GridSample"]
+    with pytest.raises(BackendUnavailable, match="cannot run the whole model on cuda:0") as caught:
+        OnnxRuntimeBackend(b"", "cuda")
+    assert "1.25 or later" in caught.value.hint
+    runtime.batch = ANY_BATCH
+    with pytest.raises(BackendUnavailable, match="it puts GridSample on the CPU"):
+        OnnxRuntimeBackend(b"", "cuda", ANY_BATCH)
+
+
+def test_open_batch_may_reckon_its_sizes_on_the_cpu(runtime):
+    runtime.on_cpu, runtime.batch = ["Shape", "Gather"], ANY_BATCH
+    backend = OnnxRuntimeBackend(b"", "cuda", ANY_BATCH)
+    assert "enable_cuda_graph" not in runtime.sessions[0].settings
+    assert not runtime.values
+    assert_right(backend.run(feeds(3)), feeds(3))
+
+
+def test_full_gpu_is_one_error_with_a_remedy(runtime):
+    backend = OnnxRuntimeBackend(b"", "cuda")
+    runtime.out_of_memory = True
+    with pytest.raises(EngineMismatch, match="out of memory running the model on cuda:0") as caught:
+        backend.run(feeds())
+    assert "smaller batch" in caught.value.hint
+
+
+def test_full_host_is_one_error_with_a_remedy():
+    backend = OnnxRuntimeBackend(graph(), "cpu")
+
+    def fail(names, feeds):
+        raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc")
+
+    backend._session = SimpleNamespace(run=fail)
+    with pytest.raises(EngineMismatch, match="out of memory running the model on cpu"):
+        backend.run(feeds())
+
+
+def test_real_runtime_takes_an_open_batch_and_closes():
+    backend = OnnxRuntimeBackend(graph(ANY_BATCH), "cpu", ANY_BATCH)
+    assert backend.inputs["fixed"] == (ANY_BATCH, 1, *SHAPE)
+    assert_right(backend.run(feeds(3)), feeds(3))
+    backend.close()
+    backend.close()
+
+
+def test_real_runtime_refuses_to_leave_the_gpu(capfd):
+    """The words by which the backend knows the refusal are this version's."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry(*STRICT)
+    with pytest.raises(Exception, match="assigned to the default CPU EP"):
+        onnxruntime.InferenceSession(graph(), options, providers=[], enable_fallback=0)
+    assert capfd.readouterr().err == ""
+
+
+def test_real_runtime_tells_where_nodes_are():
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(graph(), options, providers=["CPUExecutionProvider"])
+    parts = session.get_provider_graph_assignment_info()
+    kinds = {node.op_type for part in parts for node in part.get_nodes()}
+    assert {part.ep_name for part in parts} == {"CPUExecutionProvider"}
+    assert {"Add", "Sub"} <= kinds
+
+
+def test_auto_takes_the_cpu_where_the_gpu_fails_and_says_so(runtime, monkeypatch, tmp_path, caplog):
+    pretend_machine(monkeypatch, gpus=(Gpu("NVIDIA T4", 75),))
+    monkeypatch.setattr("onnxruntime.get_available_providers", runtime.get_available_providers)
+    write_engine(tmp_path)
+
+    def session(content, options, providers, enable_fallback):
+        if providers == ["CPUExecutionProvider"]:
+            return onnxruntime.InferenceSession(content, providers=providers)
+        raise RuntimeError(FALLBACK)
+
+    runtime.InferenceSession = session
+    engine = load_engine(tmp_path)
+    assert engine.device == "cpu"
+    assert "cannot run the whole model on cuda:0" in caplog.text
+    with pytest.raises(BackendUnavailable, match="cannot run the whole model on cuda:0"):
+        load_engine(tmp_path, device="cuda")
