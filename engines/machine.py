@@ -95,7 +95,7 @@ def onnxruntime() -> ModuleType:
     """
     try:
         return importlib.import_module("onnxruntime")
-    except ImportError as error:
+    except Exception as error:  # a broken library fails in any way it likes
         raise BackendUnavailable(
             f"onnxruntime cannot be imported: {error}",
             "pip install onnxruntime (or onnxruntime-gpu in its place)",

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import ulae_rt
 from ulae_rt import env
+from ulae_rt.engines import Candidate, machine, survey
+from ulae_rt.errors import UlaeError
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
@@ -41,12 +44,18 @@ class Check:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options of its own."""
+    """The flags of ``ulae-rt doctor``."""
+    parser.add_argument(
+        "--engine", type=Path, metavar="DIR",
+        help="also say which engine of an exported folder would run here, and why not the others",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
-    """Print the two tables; nothing that is missing or broken makes this fail."""
+    """Print the tables; nothing that is missing or broken makes this fail."""
     checks = {"this machine": _machine(), "what can run": _capabilities()}
+    if arguments.engine is not None:
+        checks["engines"] = _engines(arguments.engine)
     for title, rows in checks.items():
         report(title)
         width = max(len(row.name) for row in rows)
@@ -72,19 +81,14 @@ def _machine() -> list[Check]:
 
 
 def _processor() -> Iterator[Check]:
-    fields: dict[str, str] = {}
-    for line in _read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
+    name, flags = machine.processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = fields.get("model name") or platform.processor() or platform.machine()
     yield Check("processor", True, f"{name}, {cores} cores to use")
 
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
     vector = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
     if "amx_bf16" in flags:
         yield Check("fast bf16 on CPU", True, f"{vector} and AMX: --precision bf16 pays here")
-    elif flags & {"avx512_bf16", "bf16"}:
+    elif flags & machine.BF16_FLAGS:
         yield Check("fast bf16 on CPU", True, f"{vector} with bf16 products, no AMX")
     else:
         yield Check(
@@ -151,8 +155,9 @@ def _capabilities() -> list[Check]:
             cuda := _cuda(torch),
             _triton(torch, cuda),
             *_onnxruntime(),
-            _tensorrt("tensorrt", "tensorrt"),
-            _tensorrt("tensorrt_rtx", "tensorrt-rtx"),
+            _pt2(torch),
+            *_tensorrt("tensorrt"),
+            *_tensorrt("tensorrt-rtx"),
             _group("export to ONNX", ["torch", "onnx", "onnxscript"], "export"),
             _group("train", ["torch", "safetensors", "pydantic", "tensorboard"], "train"),
         ]
@@ -252,17 +257,70 @@ def _onnxruntime() -> Iterator[Check]:
         yield Check(
             cuda, False, "this build runs on the CPU only", f"where there is a GPU: {replace}"
         )
+    elif [int(part) for part in re.findall(r"\d+", onnxruntime.__version__)[:2]] < [1, 25]:
+        detail = f"onnxruntime {onnxruntime.__version__} samples volumes on the CPU only"
+        yield Check(cuda, False, detail, "pip install 'onnxruntime-gpu>=1.25'")
     else:
         yield Check(cuda, True, "its libraries are loaded when a session asks for them")
 
 
-def _tensorrt(module: str, extra: str) -> Check:
-    library = _load(module)
-    version = getattr(library, "__version__", "(version unknown)")
-    found = library if isinstance(library, str) else f"{module} {version}"
-    return Check(
-        f"--backend {extra}", False, f"not in this version ({found})", "use --backend onnxruntime"
-    )
+def _pt2(torch: ModuleType | str) -> Check:
+    name = "--backend pt2"
+    if isinstance(torch, str):
+        return Check(name, False, torch, "pip install 'ulae-rt[torch]'")
+    minor = ".".join(torch.__version__.split(".")[:2])
+    where = "for the CPU" + (f" and for {_names_of_gpus()}" if machine.gpus() else "")
+    return Check(name, True, f"files that torch {minor} made, {where}")
+
+
+def _tensorrt(kind: str) -> Iterator[Check]:
+    """Whether its engines can be run, and whether they can be built: the latter takes less."""
+    run, build = f"--backend {kind}", f"export to {kind}"
+    install = f"pip install 'ulae-rt[{kind}]'"
+    library = _load(module := machine.TENSORRT_MODULES[kind])
+    if isinstance(library, str):
+        yield Check(run, False, library, install)
+        yield Check(build, False, library, install)
+        return
+    found = f"{module} {getattr(library, '__version__', '(version unknown)')}"
+    bindings = _load("cuda.bindings.runtime")
+    if not machine.gpus():
+        yield Check(run, False, f"{found}, but no NVIDIA GPU", "use another backend here")
+    elif isinstance(bindings, str):
+        detail = bindings.replace("cuda.bindings.runtime", "cuda-bindings")
+        yield Check(run, False, f"{found}, but {detail}", install)
+    else:
+        yield Check(run, True, f"{found}, for {_names_of_gpus()}")
+    if kind == "tensorrt-rtx":
+        yield Check(build, True, f"{found} builds without a GPU, for RTX GPUs and sm80")
+    elif machine.gpus():
+        yield Check(build, True, f"{found}, for {_names_of_gpus()}")
+    else:
+        detail = f"{found}, but it builds on the GPU it is for, and here is none"
+        yield Check(build, False, detail, "export on that machine, or --format tensorrt-rtx")
+
+
+def _names_of_gpus() -> str:
+    return ", ".join(sorted({f"{gpu.name} (sm{gpu.sm})" for gpu in machine.gpus()}))
+
+
+def _engines(folder: Path) -> list[Check]:
+    """What `load_engine` would take of a folder, first, and what it thinks of the others."""
+    with _quiet():
+        try:
+            candidates = survey(folder)
+        except UlaeError as error:
+            return [Check(str(folder), False, _line(str(error)), error.hint)]
+    return [_engine(candidate) for candidate in candidates]
+
+
+def _engine(candidate: Candidate) -> Check:
+    name = candidate.artefact.name + (f" on {candidate.device}" if candidate.device else "")
+    if candidate.refusal is not None:
+        return Check(name, False, _line(str(candidate.refusal)), candidate.refusal.hint)
+    seconds = candidate.seconds
+    taken = "not timed here" if seconds is None else f"{seconds:.3g} s a pair here"
+    return Check(name, True, f"{'chosen: ' if candidate.chosen else ''}{taken}")
 
 
 def _group(name: str, modules: list[str], extra: str) -> Check:
@@ -280,7 +338,7 @@ def _load(module: str) -> ModuleType | str:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name == module:
+        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
             return f"{module} is not installed"
         return f"{module} is installed but needs {error.name}"
     except Exception as error:  # a broken library is a finding here, never the end

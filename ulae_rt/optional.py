@@ -27,7 +27,7 @@ def require(module: str, extra: str) -> ModuleType:
         raise BackendUnavailable(
             f"{module} cannot be imported: {missing} is not installed", hint
         ) from error
-    except (ImportError, OSError) as error:  # a wheel for another CPU, a CUDA library not found
+    except Exception as error:  # a wheel for another CPU, a CUDA library not found, a driver's no
         raise BackendUnavailable(
             f"{module} is installed but cannot be imported: {error}", f"reinstall it: {hint}"
         ) from error

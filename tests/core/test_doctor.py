@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from _support.engines import measured, pretend_machine, write_engine
 from ulae_rt import doctor
 from ulae_rt.cli import run_command
+from ulae_rt.engines import machine
+from ulae_rt.engines.machine import Gpu
 
 SHADOWED = ("onnx", "onnxruntime", "safetensors", "tensorrt", "tensorrt_rtx", "torch", "triton")
 
@@ -59,8 +62,15 @@ def test_broken_libraries_are_rows_not_tracebacks(tmp_path: Path, source: str) -
     assert (done.returncode, done.stderr) == (0, "")
     rows = {row["name"]: row for row in json.loads(done.stdout)["what_can_run"]}
     backends = [name for name in rows if name.startswith("--backend")]
-    assert len(backends) == 4
-    for name in [*backends, "--device cuda", "Triton kernels", "export to ONNX", "train"]:
+    assert len(backends) == 5
+    for name in [
+        *backends,
+        "export to tensorrt-rtx",
+        "--device cuda",
+        "Triton kernels",
+        "export to ONNX",
+        "train",
+    ]:
         assert not rows[name]["ok"]
         assert "installed but" in rows[name]["detail"]
         assert "\n" not in rows[name]["detail"]
@@ -115,6 +125,91 @@ def test_kernels_that_cannot_be_used_say_why(
     assert not row.ok
     assert detail in row.detail
     assert hint in row.hint
+
+
+H200 = Gpu("NVIDIA H200", 90)
+BINDINGS = "cuda.bindings.runtime is not installed"
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "bindings", "runs", "builds"),
+    [
+        ("tensorrt", (), MODULE, "9.1, but no NVIDIA GPU", "it builds on the GPU it is for"),
+        ("tensorrt", (H200,), BINDINGS, "but cuda-bindings is not installed", None),
+        ("tensorrt", (H200, H200), MODULE, None, None),
+        ("tensorrt-rtx", (), MODULE, "9.1, but no NVIDIA GPU", None),
+        ("tensorrt-rtx", (H200,), MODULE, None, None),
+    ],
+)
+def test_tensorrt_is_for_running_and_for_building(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    gpus: tuple[Gpu, ...],
+    bindings: ModuleType | str,
+    runs: str | None,
+    builds: str | None,
+) -> None:
+    modules = {"tensorrt": MODULE, "tensorrt_rtx": MODULE, "cuda.bindings.runtime": bindings}
+    monkeypatch.setattr(doctor, "_load", modules.__getitem__)
+    monkeypatch.setattr(machine, "gpus", lambda: gpus)
+    rows = {row.name: row for row in doctor._tensorrt(kind)}
+    for name, reason in ((f"--backend {kind}", runs), (f"export to {kind}", builds)):
+        row = rows[name]
+        assert row.ok == (reason is None)
+        assert (reason or "tensorrt") in row.detail
+        assert row.ok or row.hint
+        if gpus and row.ok and "without a GPU" not in row.detail:
+            assert row.detail.endswith("9.1, for NVIDIA H200 (sm90)")
+
+
+def test_programs_of_torch_are_those_of_its_minor_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: (H200,))
+    library = ModuleType("torch")
+    library.__version__ = "2.13.0+cpu"  # type: ignore[attr-defined]
+    row = doctor._pt2(library)
+    assert row.detail == "files that torch 2.13 made, for the CPU and for NVIDIA H200 (sm90)"
+    assert not doctor._pt2("torch is not installed").ok
+
+
+@pytest.mark.parametrize(("version", "ok"), [("1.24.2", False), ("1.25.0", True), ("2.0", True)])
+def test_cuda_of_an_old_onnxruntime_samples_no_volumes(
+    monkeypatch: pytest.MonkeyPatch, version: str, ok: bool
+) -> None:
+    library = ModuleType("onnxruntime")
+    library.__version__ = version  # type: ignore[attr-defined]
+    library.get_available_providers = lambda: ["CUDAExecutionProvider"]  # type: ignore[attr-defined]
+    monkeypatch.setattr(doctor, "_load", lambda module: library)
+    *_, row = doctor._onnxruntime()
+    assert (row.name, row.ok) == ("--backend onnxruntime, CUDA", ok)
+    assert ok or "samples volumes on the CPU only" in row.detail
+
+
+def test_engines_of_a_folder_with_the_one_that_would_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend_machine(monkeypatch)
+    write_engine(tmp_path, precision="fp16", errors=(measured("this processor", 5.0),))
+    write_engine(tmp_path, precision="fp32")
+    write_engine(tmp_path, "ulae-net-fp16-trt-sm90", kind="tensorrt", target="sm90")
+    (tmp_path / "ulae-net-fp16-trt-sm80.json").write_text("{}")
+    assert run_command("doctor", ["--json", "--engine", str(tmp_path)]) == 0
+    rows = json.loads(capsys.readouterr().out)["engines"]
+    assert [row["detail"] for row in rows[:2]] == ["chosen: 5 s a pair here", "not timed here"]
+    assert [row["name"] for row in rows[:2]] == [f"ulae-net-fp{n}.onnx on cpu" for n in (16, 32)]
+    assert "manifest format None" in rows[2]["detail"]
+    assert "needs GPU 0, and this machine has none" in rows[3]["detail"]
+    assert all(row["hint"] for row in rows[2:])
+    assert run_command("doctor", ["--engine", str(tmp_path)]) == 0
+    assert "ok  ulae-net-fp16.onnx on cpu" in capsys.readouterr().out
+
+
+def test_folder_without_engines_is_a_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("doctor", ["--json", "--engine", str(tmp_path)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["engines"]
+    assert not row["ok"]
+    assert "holds no engine" in row["detail"]
 
 
 def test_greetings_of_libraries_do_not_spoil_the_json(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Weights in torch behind the interface of an exported engine, and the registrar on either."""
+
+import numpy as np
+import pytest
+import torch
+
+from _support.brains import GEOMETRIES, save_brain
+from _support.engines import SHAPE as TINY
+from _support.engines import write_engine
+from _support.nets import SHAPE, small_weights
+from ulae_rt import registrar as registrar_module
+from ulae_rt.cli import main
+from ulae_rt.engines import Engine, load_engine
+from ulae_rt.errors import BackendUnavailable, DtypeError, EngineMismatch, ShapeError, UsageError
+from ulae_rt.manifest import EngineMetadata
+from ulae_rt.model import load_model
+from ulae_rt.registrar import Registrar, TorchBackend, load_network
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return small_weights(tmp_path_factory.mktemp("weights") / "w.safetensors")
+
+
+def images(batch=1):
+    return np.random.default_rng(0).random((2, batch, 1, *SHAPE), dtype=np.float32)
+
+
+def test_weights_show_the_interface_of_an_engine(weights):
+    moving, fixed = images(2)
+    with load_network(weights, device="cpu") as engine:
+        assert isinstance(engine, Engine)
+        assert engine.description == "torch, cpu, fp32"
+        assert (engine.backend, engine.precision, engine.batch) == ("torch", "fp32", 1)
+        assert engine.metadata.shape == SHAPE
+        assert engine.metadata.licence == "CC0"
+        out = engine.run(moving, torch.from_numpy(fixed))
+        later = engine.submit(moving, fixed).result(60)
+        with pytest.raises(ShapeError, match="moving has shape"):
+            engine.run(moving[..., 1:], fixed[..., 1:])
+        with pytest.raises(DtypeError, match="moving is float64"):
+            engine.run(moving.astype(float), fixed)
+    with torch.inference_mode():
+        expected = load_model(weights).predict(torch.from_numpy(moving), torch.from_numpy(fixed))
+    assert out.disp.dtype == out.moved.dtype == np.float32
+    np.testing.assert_allclose(out.disp, expected.disp.numpy(), atol=1e-4)
+    np.testing.assert_allclose(out.moved, expected.moved.numpy(), atol=1e-4)
+    np.testing.assert_array_equal(later.disp, out.disp)
+    with pytest.raises(UsageError, match="the engine is closed"):
+        engine.run(moving, fixed)
+
+
+def test_precision_auto_is_what_the_weights_are(weights):
+    moving, fixed = images()
+    exact = load_network(weights, device="cpu", precision="auto")
+    assert exact.precision == "fp32"
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bf16")
+    half = load_network(weights, device="cpu", precision="bf16")
+    assert half.description == "torch, cpu, bf16"
+    difference = np.abs(half.run(moving, fixed).disp - exact.run(moving, fixed).disp)
+    assert 0 < difference.max() < 0.5
+
+
+def test_fp16_on_the_cpu_is_refused(weights):
+    with pytest.raises(BackendUnavailable, match="precision fp16 was asked for on the CPU"):
+        load_network(weights, device="cpu", precision="fp16")
+
+
+def test_images_that_may_not_be_written_to_are_taken(weights):
+    moving, fixed = images()
+    moving.flags.writeable = fixed.flags.writeable = False
+    assert load_network(weights, device="cpu").run(moving, fixed).disp.shape == (1, 3, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory running the"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory running the weights on"),
+        (RuntimeError("cuDNN error"), "failed running the weights on cpu: cuDNN error"),
+    ],
+)
+def test_failure_of_torch_is_one_error_with_a_remedy(weights, error, message, monkeypatch):
+    engine = load_network(weights, device="cpu")
+
+    def fail(*images):
+        raise error
+
+    monkeypatch.setattr(engine._backend._model, "predict", fail)
+    with pytest.raises(EngineMismatch, match=message) as caught:
+        engine.run(*images())
+    assert caught.value.hint
+
+
+def test_mistake_that_was_explained_is_passed_on(weights, monkeypatch):
+    engine = load_network(weights, device="cpu")
+
+    def fail(*images):
+        raise BackendUnavailable("no kernel", "install triton")
+
+    monkeypatch.setattr(engine._backend._model, "predict", fail)
+    with pytest.raises(BackendUnavailable, match="no kernel"):
+        engine.run(*images())
+
+
+def test_convolutions_are_not_rounded_to_tf32(weights, monkeypatch):
+    engine = load_network(weights, device="cpu")
+    backend = engine._backend
+    assert isinstance(backend, TorchBackend)
+    seen = []
+    predict = backend._model.predict
+
+    def record(*images):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return predict(*images)
+
+    monkeypatch.setattr(backend._model, "predict", record)
+    engine.run(*images())
+    assert seen == [False]
+
+
+def test_an_engine_for_four_pairs_registers_one(tmp_path):
+    folder = write_engine(tmp_path / "engine", "ulae-net-fp32-b4", batch=4)
+    registrar = Registrar(folder / "ulae-net-fp32-b4.onnx", affine="none")
+    assert registrar.network.batch == 4
+    moving = np.full(registrar.network.metadata.shape, 0.5, np.float32)
+    grid = type("Grid", (), {"shape": moving.shape})
+    np.testing.assert_array_equal(registrar._displacement(moving, moving, grid), 0)
+
+
+def test_register_says_which_engine_ran(tmp_path, monkeypatch, capsys):
+    scan = str(save_brain(tmp_path / "scan.nii.gz", *GEOMETRIES["LIA"]))
+    asked = {}
+
+    def remember(path, **options):
+        asked.update(options)
+        return load_engine(path, **options)
+
+    monkeypatch.setattr(registrar_module, "load_engine", remember)
+    coarse = EngineMetadata("paper", TINY, 40.0, "max", "none", "CC0")  # holds a whole brain
+    folder = write_engine(tmp_path / "engine", precision="fp16", metadata=coarse)
+    out = str(tmp_path / "moved.nii.gz")
+    status = main(
+        ["register", "-m", scan, "-f", scan, "-o", out, "--affine", "none", "--engine", str(folder)]
+    )
+    assert (status, asked["precision"]) == (0, "auto")
+    said = capsys.readouterr().out
+    assert "network     onnxruntime, cpu, fp16 (ulae-net-fp16.onnx)" in said
