@@ -1,0 +1,210 @@
+"""A model repository for NVIDIA Triton Inference Server out of exported artefacts.
+
+One folder for each model: ``<name>/config.pbtxt``, which is the server's ``ModelConfig`` message as
+text, and ``<name>/1/model.onnx`` or ``model.plan``.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ulae_rt.errors import EngineMismatch, OutputError, UsageError
+from ulae_rt.manifest import ANY_BATCH, VERIFIED, Manifest, TensorSpec, sha256
+
+_log = logging.getLogger(__name__)
+
+# Kind of artefact -> the server's word for what opens it, and the file name it looks for.
+_PLATFORMS = {
+    "onnx": ("onnxruntime_onnx", "model.onnx"),
+    "tensorrt": ("tensorrt_plan", "model.plan"),
+}
+_WHY_NOT = {
+    "tensorrt-rtx": "the server has no backend for TensorRT-RTX, use kind tensorrt",
+    "pt2": "the server's torch is not the one that made it, use kind onnx or tensorrt",
+}
+_TYPES = {"float32": "TYPE_FP32"}
+
+# Of an artefact that takes any batch. Pairs of the usual size take some milliseconds each, so that
+# this delay finds company for a pair without being felt.
+BATCHES = (1, 2, 4, 8)
+_QUEUE_DELAY_MICROSECONDS = 2000
+
+
+def write_repository(
+    folder: Path, artefacts: Sequence[tuple[Path, Manifest]], overwrite: bool
+) -> list[Path]:
+    """Write one model for each artefact that the server can open; the log names the others.
+
+    Models that the folder holds already stay, but those of the same names.
+
+    Args:
+        folder: the repository; made where it is not there.
+        artefacts: paths and their manifests.
+        overwrite: replace models of the same names.
+
+    Returns:
+        The models' folders.
+
+    Raises:
+        UsageError: if the server can open none of the artefacts.
+        EngineMismatch: if an artefact is not the one its manifest is of.
+        OutputError: if a model is there already, or cannot be written; then nothing is changed.
+    """
+    served = []
+    for path, manifest in artefacts:
+        if reason := _refusal(manifest):
+            _log.warning("%s is not in the model repository: %s", manifest.artefact, reason)
+        else:
+            served.append((path, manifest))
+    if not served:
+        raise UsageError(
+            f"none of the {len(artefacts)} artefacts is one that NVIDIA Triton Inference Server "
+            "can open",
+            "add --format onnx, or --format tensorrt on the server's GPU",
+        )
+    models = [folder / path.stem for path, _ in served]
+    for model in models:
+        if model.exists() and not overwrite:
+            raise OutputError(
+                f"{model}: is there already", "pass --overwrite, or another --triton-repository"
+            )
+    beside = folder / f".{os.getpid()}.part"
+    try:
+        for path, manifest in served:
+            _write_model(beside / path.stem, path, manifest)
+        _exchange(beside, models)
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or folder}: cannot be written ({error.strerror})",
+            "free some space or give another --triton-repository",
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return models
+
+
+def _refusal(manifest: Manifest) -> str | None:
+    """Why the server does not get this artefact."""
+    if manifest.kind not in _PLATFORMS:
+        return _WHY_NOT[manifest.kind]
+    if manifest.status != VERIFIED:
+        return f"it is {manifest.status}: export it where it can be run"
+    return None
+
+
+def _write_model(model: Path, path: Path, manifest: Manifest) -> None:
+    content = path.read_bytes()
+    if sha256(content) != manifest.artefact_sha256:
+        raise EngineMismatch(
+            f"{path}: is not the file its manifest is of",
+            "export the weights again: python -m ulae_rt.export --weights FILE",
+        )
+    version = model / "1"
+    version.mkdir(parents=True)
+    (version / _PLATFORMS[manifest.kind][1]).write_bytes(content)
+    (model / "config.pbtxt").write_text(config_of(path.stem, manifest), encoding="utf-8")
+
+
+def _exchange(beside: Path, models: list[Path]) -> None:
+    """Put the written models in their places, all or none."""
+    done: list[Path] = []
+    old = beside / "old"
+    old.mkdir()
+    try:
+        for model in models:
+            if model.exists():
+                model.rename(old / model.name)
+            done.append(model)
+            (beside / model.name).rename(model)
+    except BaseException:
+        for model in done:
+            if (old / model.name).exists():
+                shutil.rmtree(model, ignore_errors=True)
+                (old / model.name).rename(model)
+            elif not (beside / model.name).exists():
+                shutil.rmtree(model)
+        raise
+
+
+def config_of(name: str, manifest: Manifest) -> str:
+    """``config.pbtxt`` of one model.
+
+    An artefact of one batch size is a model that does not batch (``max_batch_size: 0``), whose
+    tensors have the batch for their first axis. For one that takes any, the server batches, and
+    adds that axis itself.
+
+    Args:
+        name: of the model, which is that of its folder.
+        manifest: of the artefact.
+    """
+    return "\n".join(_lines(name, manifest)) + "\n"
+
+
+def _lines(name: str, manifest: Manifest) -> Iterator[str]:
+    batched = manifest.batch == ANY_BATCH
+    yield f"# {manifest.artefact}, {manifest.precision}; written by ulae_rt"
+    yield f"name: {_quoted(name)}"
+    yield f"platform: {_quoted(_PLATFORMS[manifest.kind][0])}"
+    yield f"max_batch_size: {max(BATCHES) if batched else 0}"
+    for what, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for spec in specs:
+            yield (
+                f"{what} {{ name: {_quoted(spec.name)} data_type: {_TYPES[spec.dtype]} "
+                f"dims: {_dims(spec)} }}"
+            )
+    if batched:
+        preferred = ", ".join(str(batch) for batch in BATCHES if batch > 1)
+        yield (
+            f"dynamic_batching {{ preferred_batch_size: [{preferred}] "
+            f"max_queue_delay_microseconds: {_QUEUE_DELAY_MICROSECONDS} }}"
+        )
+    if manifest.kind == "tensorrt":
+        yield "instance_group { count: 1 kind: KIND_GPU }"
+        yield "optimization { cuda { graphs: true } }"
+    else:
+        yield "instance_group { count: 1 kind: KIND_AUTO }  # a GPU where the server has one"
+    # The first run of a size allocates, chooses kernels and records CUDA graphs: not for a client.
+    for batch in BATCHES if batched else (1,):
+        yield f'model_warmup {{ name: "batch {batch if batched else manifest.batch}"'
+        yield f"  batch_size: {batch}"
+        for spec in manifest.inputs:
+            yield (
+                f"  inputs {{ key: {_quoted(spec.name)} value {{ data_type: {_TYPES[spec.dtype]} "
+                f"dims: {_dims(spec)} zero_data: true }} }}"
+            )
+        yield "}"
+    for key, value in _parameters(manifest):
+        yield (
+            f"parameters {{ key: {_quoted(f'ulae_rt.{key}')} "
+            f"value {{ string_value: {_quoted(value)} }} }}"
+        )
+
+
+def _dims(spec: TensorSpec) -> str:
+    return str(list(spec.shape[1:] if spec.shape[0] == ANY_BATCH else spec.shape))
+
+
+def _parameters(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    yield "weights_sha256", manifest.weights_sha256
+    yield "artefact_sha256", manifest.artefact_sha256
+    yield "precision", manifest.precision
+    yield "target", manifest.target
+    yield "spacing_mm", f"{manifest.metadata.spacing_mm:g}"
+    yield "licence", manifest.metadata.licence
+    for step, sentence in enumerate(manifest.preprocessing, 1):
+        yield f"preprocessing.{step}", sentence
+    for spec in (*manifest.inputs, *manifest.outputs):
+        yield f"{spec.name}.units", spec.units
+        yield f"{spec.name}.components", ", ".join(spec.components)
+    if manifest.kind == "tensorrt":
+        # A plan opens with no other version: the server's container is chosen by it.
+        yield "tensorrt_version", manifest.versions["tensorrt"]
+
+
+def _quoted(text: str) -> str:
+    """As a string of protobuf's text format."""
+    for character, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n")):
+        text = text.replace(character, escaped)
+    return f'"{text}"'
