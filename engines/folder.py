@@ -89,14 +89,11 @@ def survey(
         manifests = _wanted(path, manifests, "precision", precision, lambda m: m.precision)
     manifests = _wanted(path, manifests, "backend", backend, backend_of)
     candidates = [candidate for candidate in found if candidate.refusal]
+    folder, named = (path, backend != "auto") if path.is_dir() else (path.parent, True)
+    place = "cpu" if kind == "cpu" else f"cuda:{index}"
     for manifest in manifests:
-        folder = path if path.is_dir() else path.parent
-        devices = devices_for(manifest) if kind == "auto" else (f"{kind}:{index}",)
-        for name in devices:
-            place = "cpu" if name.startswith("cpu") else name
-            candidate = Candidate(folder / manifest.artefact, manifest, place)
-            named = backend != "auto" or not path.is_dir()
-            candidates.append(_judge(candidate, named))
+        for name in devices_for(manifest) if kind == "auto" else (place,):
+            candidates.append(_judge(Candidate(folder / manifest.artefact, manifest, name), named))
     candidates.sort(key=_order)
     if candidates[0].refusal is None:
         candidates[0] = replace(candidates[0], chosen=True)

@@ -158,6 +158,7 @@ def _capabilities() -> list[Check]:
             _pt2(torch),
             *_tensorrt("tensorrt"),
             *_tensorrt("tensorrt-rtx"),
+            _bindings(),
             _group("export to ONNX", ["torch", "onnx", "onnxscript"], "export"),
             _group("train", ["torch", "safetensors", "pydantic", "tensorboard"], "train"),
         ]
@@ -298,6 +299,16 @@ def _tensorrt(kind: str) -> Iterator[Check]:
     else:
         detail = f"{found}, but it builds on the GPU it is for, and here is none"
         yield Check(build, False, detail, "export on that machine, or --format tensorrt-rtx")
+
+
+def _bindings() -> Check:
+    name = "cuda-bindings"
+    runtime, library = _load("cuda.bindings.runtime"), _load("cuda.bindings")
+    if isinstance(runtime, str) or isinstance(library, str):
+        missing = runtime if isinstance(runtime, str) else str(library)
+        detail = missing.replace("cuda.bindings.runtime", name)
+        return Check(name, False, detail, "to run TensorRT: pip install 'ulae-rt[tensorrt]'")
+    return Check(name, True, f"{library.__version__}, through which TensorRT's engines run")
 
 
 def _names_of_gpus() -> str:

@@ -162,6 +162,15 @@ def test_tensorrt_is_for_running_and_for_building(
             assert row.detail.endswith("9.1, for NVIDIA H200 (sm90)")
 
 
+def test_bindings_have_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_load", lambda module: MODULE)
+    assert doctor._bindings().detail == "9.1, through which TensorRT's engines run"
+    monkeypatch.setattr(doctor, "_load", lambda module: f"{module} is not installed")
+    row = doctor._bindings()
+    assert (row.ok, row.detail) == (False, "cuda-bindings is not installed")
+    assert "ulae-rt[tensorrt]" in row.hint
+
+
 def test_programs_of_torch_are_those_of_its_minor_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "gpus", lambda: (H200,))
     library = ModuleType("torch")
