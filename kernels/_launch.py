@@ -7,7 +7,9 @@ references.
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _said: set[str] = set()
+_tracing_for_cpu: ContextVar[bool] = ContextVar("tracing_for_cpu", default=False)
 
 
 def unavailable(device: torch.device) -> tuple[str, str] | None:
@@ -58,6 +61,29 @@ def check_available(tensor: Tensor) -> None:
     if (reason := unavailable(tensor.device)) is not None:
         why, hint = reason
         raise BackendUnavailable(f"the Triton kernels cannot run: {why}", hint)
+
+
+def arranged_for_cpu(*tensors: Tensor) -> bool:
+    """Whether a reference may take its arrangement for torch's CPU operators.
+
+    It writes in place, so no gradient may be asked for; and a graph that is traced for another
+    compiler or runtime keeps the plain operations, which those know.
+    """
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return _tracing_for_cpu.get() or not torch.compiler.is_compiling()
+
+
+@contextmanager
+def tracing_for_cpu() -> Iterator[None]:
+    """What is traced inside will be run by torch's CPU operators themselves."""
+    token = _tracing_for_cpu.set(True)
+    try:
+        yield
+    finally:
+        _tracing_for_cpu.reset(token)
 
 
 def architecture(tensor: Tensor) -> int:

@@ -33,7 +33,9 @@ def test_against_plain(shape: tuple[int, ...]) -> None:
 def test_against_interpolate() -> None:
     x, skip = noise(2, 3, 3, 4, 5), noise(2, 1, 6, 8, 10, seed=1)
     fine = F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False)
-    assert_equal("interpolate", upsample_concat(x, skip)[:, :3], fine)
+    assert_close("interpolate", upsample_concat(x, skip)[:, :3], fine, TOL["op float64"])
+    with_gradient = upsample_concat(x.requires_grad_(), skip).detach()[:, :3]
+    assert_equal("with a gradient", with_gradient, fine)
 
 
 def test_of_a_constant_is_that_constant() -> None:

@@ -12,7 +12,8 @@ from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import noise, off_lattice_displacement, smooth_displacement
 from ulae_rt.errors import BackendUnavailable, DtypeError, ShapeError, UsageError
 from ulae_rt.kernels import warp
-from ulae_rt.kernels.warp.reference import sample, sampling_grid
+from ulae_rt.kernels._launch import tracing_for_cpu
+from ulae_rt.kernels.warp.reference import sample, sample_slices, sampling_grid
 
 SHAPES = [
     (1, 1, 1, 1, 1),
@@ -264,7 +265,37 @@ def test_an_exported_graph_has_no_slabs(monkeypatch: pytest.MonkeyPatch) -> None
     image, disp = noise(1, 1, 8, 5, 6), off_lattice_displacement((8, 5, 6))
     program = torch.export.export(Warp(), (image, disp))
     assert not [node for node in program.graph.nodes if "expand" in node.name]
+    assert_close("warp", program.module()(image, disp), warp(image, disp), TOL["op float64"])
+
+
+def test_a_program_for_the_cpu_samples_as_eager_does() -> None:
+    class Warp(nn.Module):
+        def forward(self, image: Tensor, disp: Tensor) -> Tensor:
+            return warp(image, disp)
+
+    image, disp = noise(1, 1, 8, 5, 6), off_lattice_displacement((8, 5, 6))
+    with torch.no_grad(), tracing_for_cpu():
+        program = torch.export.export(Warp(), (image, disp))
+    assert [node for node in program.graph.nodes if "as_strided" in str(node.target)]
     assert_equal("warp", program.module()(image, disp), warp(image, disp))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 19, 3, 5), (1, 1, 1, 1, 1), (1, 3, 8, 1, 2)], ids=str)
+def test_slices_sampled_in_one_plane(shape: tuple[int, int, int, int, int]) -> None:
+    """What runs without gradients, against what runs with them."""
+    image = noise(*shape, seed=1)
+    disp = off_lattice_displacement(shape[2:], reach=4, batch=shape[0], seed=3)
+    expected = sample(image, sampling_grid(disp), "zeros", "linear")
+    assert_close("slices", sample_slices(image, disp), expected, TOL["op float64"])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("amount", [torch.inf, -torch.inf, torch.nan, 1e30, -1e30])
+def test_slices_end_in_zeros(axis: int, amount: float) -> None:
+    image = 1 + noise(1, 1, 3, 4, 5)
+    assert_equal(
+        "outside", warp(image, displaced(axis, (3, 4, 5), amount)), torch.zeros_like(image)
+    )
 
 
 # Types and layouts

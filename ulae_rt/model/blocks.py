@@ -4,12 +4,14 @@ Features travel as channels_last_3d: with it torch's CPU convolutions run up to 
 and in bf16 up to five times (bench/NOTES.md).
 """
 
+from itertools import product
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ulae_rt.kernels import _launch
 from ulae_rt.kernels.norm_activate.op import norm_activate
 from ulae_rt.kernels.norm_activate.reference import NEGATIVE_SLOPE
 
@@ -118,9 +120,14 @@ class MovingBlock(nn.Module):
         mean = x.mean(dim=(2, 3, 4), keepdim=True, dtype=weights.mean.dtype)
         # In place: a convolution's gradient does not need its result.
         out = conv3d(y, weights.fixed, weights.bias)
-        out += conv3d(mean, weights.mean).to(out.dtype)
-        for dilation, kernel in weights.dilated.items():
-            out += _strided_conv3d(x, kernel, dilation)
+        # As long as a row of voxels: torch adds a vector of channels alone one by one.
+        row = conv3d(mean, weights.mean).to(out.dtype).expand(-1, -1, -1, -1, out.shape[4])
+        out += row.contiguous(memory_format=torch.channels_last_3d)
+        if x.shape[1] == 1 and _launch.arranged_for_cpu(x, *weights.dilated.values()):
+            _add_gathered_conv3d(out, x, weights.dilated)
+        else:
+            for dilation, kernel in weights.dilated.items():
+                out += _strided_conv3d(x, kernel, dilation)
         return F.leaky_relu_(out, NEGATIVE_SLOPE)
 
 
@@ -132,3 +139,38 @@ def _strided_conv3d(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         half = dilation // 2
         return conv3d(x, weight, padding=half, dilation=half)
     return conv3d(x, weight, stride=2, padding=dilation, dilation=dilation)
+
+
+# Slices of the result whose taps are gathered at a time.
+_SLAB = 8
+
+
+def _add_gathered_conv3d(out: Tensor, x: Tensor, kernels: dict[int, Tensor]) -> None:
+    """Add what :func:`_strided_conv3d` makes of one channel, for all dilations at once.
+
+    The taps become the rows of one matrix product: of an image of one channel torch's dilated
+    convolutions take four times as long (80x96x80 voxels out, bf16, two cores).
+    """
+    margin = max(kernels) + max(kernels) % 2
+    # The eight lattices of every second voxel: a tap is then a run of neighbours in one of them.
+    ends = [margin + size % 2 for size in reversed(x.shape[2:])]
+    padded = F.pad(x[:, 0], [side for end in ends for side in (margin, end)])
+    lattices = padded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+    lattices = lattices.permute(0, 2, 4, 6, 1, 3, 5).contiguous()
+    taps = [
+        [margin + dilation * side for side in sides]
+        for dilation in kernels
+        for sides in product((-1, 0, 1), repeat=3)
+    ]
+    weight = torch.cat([kernel.flatten(1) for kernel in kernels.values()], dim=1).to(x.dtype).t()
+    channels, D, H, W = out.shape[1:]
+    for b, d in product(range(x.shape[0]), range(0, D, _SLAB)):
+        slices = min(_SLAB, D - d)
+        columns = torch.empty((len(taps), slices, H, W), dtype=x.dtype)
+        for column, (i, j, k) in zip(columns, taps, strict=True):
+            lattice = lattices[b, i % 2, j % 2, k % 2]
+            column.copy_(
+                lattice.narrow(0, d + i // 2, slices).narrow(1, j // 2, H).narrow(2, k // 2, W)
+            )
+        found = columns.flatten(1).t() @ weight
+        out[b, :, d : d + slices].add_(found.t().view(channels, slices, H, W))
