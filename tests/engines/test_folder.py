@@ -4,8 +4,17 @@ import logging
 
 import pytest
 
-from _support.engines import edit, images, measured, pretend_machine, write_engine
+from _support.engines import (
+    edit,
+    graph,
+    images,
+    make_manifest,
+    measured,
+    pretend_machine,
+    write_engine,
+)
 from ulae_rt.engines import load_engine, survey
+from ulae_rt.engines.backends import open_backend
 from ulae_rt.engines.machine import Gpu, gpus, machine_name
 from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
 from ulae_rt.manifest import ANY_BATCH, NOT_RUN, Manifest
@@ -107,8 +116,9 @@ def test_seconds_measured_on_this_machine_come_before_the_rank(folder, monkeypat
     )
     chosen = survey(folder)[0]
     assert (chosen.manifest.precision, chosen.seconds) == ("fp16", 5)
-    edit(folder / "ulae-net-fp32.json", errors=[vars(measured("this processor", 3.0))])
-    assert order(folder) == [("fp32", "cpu"), ("fp16", "cpu")]
+    for seconds, expected in ((3.0, ["fp32", "fp16"]), (7.0, ["fp16", "fp32"])):
+        edit(folder / "ulae-net-fp32.json", errors=[vars(measured("this processor", seconds))])
+        assert [name for name, _ in order(folder)] == expected
 
 
 def test_engine_for_several_pairs_at_once_comes_last(folder, monkeypatch):
@@ -146,6 +156,7 @@ def test_engine_that_was_never_run_is_opened_only_by_name(folder, caplog, monkey
         ((Gpu("T4", 75),), {"compatibility": "ampere-plus"}, "built for sm80 or later, and T4"),
         ((ADA,), {"compatibility": "same-capability"}, "was built for sm90, and NVIDIA L40S"),
         ((H200,), {"versions": {"tensorrt": "11.3.0.1"}}, "was built with tensorrt 11.3.0.1, and"),
+        ((H200,), {"versions": {"tensorrt": "11.4.0.105"}}, "was built with tensorrt 11.4.0.105"),
         ((H200,), {"versions": {}}, "was built with tensorrt unknown, and tensorrt 11.4.0.106"),
         ((H200,), {"target": "h200"}, "was built for h200, and NVIDIA H200 is sm90"),
     ],
@@ -178,10 +189,28 @@ def test_engine_for_the_gpu_is_not_for_the_cpu(folder, libraries, monkeypatch):
     assert {device for _, device in order(folder, device="cpu")} == {"cpu"}
     with pytest.raises(BackendUnavailable, match=r"is for GPUs \(sm90\), and the device is the"):
         load_engine(folder / "ulae-net-fp16-tensorrt.engine", device="cpu")
+    edit(folder / "ulae-net-fp16-tensorrt.json", target="any")
+    with pytest.raises(BackendUnavailable, match=r"is for GPUs \(any\), and the device is the"):
+        load_engine(folder / "ulae-net-fp16-tensorrt.engine", device="cpu")
     with pytest.raises(BackendUnavailable, match="was built for cpu, and NVIDIA H200"):
         load_engine(folder / "ulae-net-fp32-cpu.pt2", device="cuda")
     with pytest.raises(BackendUnavailable, match="needs GPU 1, and this machine has only 1"):
         load_engine(folder / "ulae-net-fp32.onnx", device="cuda:1")
+
+
+def test_bytes_alone_are_opened_by_the_same_rules(tmp_path, libraries, monkeypatch):
+    """The exporter verifies what it has not written yet."""
+    pretend_machine(monkeypatch)
+    content = graph()
+    plan = make_manifest(content, "a.engine", kind="tensorrt", target="sm90")
+    with pytest.raises(BackendUnavailable, match=r"a\.engine: needs GPU 0, and this machine has"):
+        open_backend(plan, content)
+    model = make_manifest(content, "a.onnx")
+    with pytest.raises(EngineMismatch, match="backend tensorrt was asked for, and onnxruntime"):
+        open_backend(model, content, backend="tensorrt")
+    with pytest.raises(UsageError, match="backend is 'torch', expected one of auto"):
+        open_backend(model, content, backend="torch")
+    assert open_backend(model, content).device == "cpu"
 
 
 def test_program_of_another_torch_is_refused(folder, libraries, monkeypatch):

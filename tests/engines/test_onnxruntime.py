@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from _support.engines import SHAPE, graph, images, pretend_machine, write_engine
 from ulae_rt.engines import load_engine
@@ -214,6 +215,23 @@ def test_full_host_is_one_error_with_a_remedy():
     backend._session = SimpleNamespace(run=fail)
     with pytest.raises(EngineMismatch, match="out of memory running the model on cpu"):
         backend.run(feeds())
+
+
+def test_node_that_fails_is_one_error_and_nothing_else_is_printed(capfd):
+    size = helper.make_tensor("size", TensorProto.INT64, (1,), (7,))
+    images = [helper.make_tensor_value_info(n, 1, (1, 1, *SHAPE)) for n in ("moving", "fixed")]
+    result = helper.make_tensor_value_info("moved", 1, None)
+    node = helper.make_node("Reshape", ["moving", "sizes"], ["moved"])
+    chosen = helper.make_node("Mul", ["size", "size"], ["sizes"])
+    net = helper.make_graph([chosen, node], "net", images, [result], [size])
+    model = helper.make_model(net, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    backend = OnnxRuntimeBackend(model.SerializeToString(), "cpu")
+    with pytest.raises(
+        EngineMismatch, match=r"failed running the model on cpu: .* Reshape"
+    ) as caught:
+        backend.run(feeds())
+    assert caught.value.hint
+    assert capfd.readouterr().err == ""
 
 
 def test_real_runtime_takes_an_open_batch_and_closes():
