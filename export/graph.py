@@ -6,14 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ulae_rt.errors import ExportError
+from ulae_rt.errors import EquivalenceError, ExportError
 from ulae_rt.kernels.norm_activate.reference import NEGATIVE_SLOPE, NORM_EPS
 from ulae_rt.model import UlaeNet
 from ulae_rt.model.blocks import ConvBlock, FoldedWeights, MovingBlock, _strided_conv3d, conv3d
-from ulae_rt.model.ulae_net import STEPS
+from ulae_rt.model.ulae_net import STEPS, Decoder
 
 # Precision -> type of the features; None: that of the inputs.
 PRECISIONS = {"fp32": None, "fp16": torch.float16}
+
+# What the rewriting is checked on: two axes of one voxel at the coarsest level and one of two,
+# displacements of voxels, and rounding of 1e-13.
+_CHECK_SHAPE = (16, 32, 16)
+_CHECK_STD = 0.02
+_CHECK_TOLERANCE = 1e-9
 
 
 class InferenceGraph(nn.Module):
@@ -39,6 +45,8 @@ class InferenceGraph(nn.Module):
         for name, block in dict(self.model.named_modules()).items():
             if isinstance(block, MovingBlock):
                 self.model.set_submodule(name, _FoldedMovingBlock(block))
+            elif isinstance(block, Decoder):
+                self.model.set_submodule(name, _SeparableDecoder(block))
             elif isinstance(block, ConvBlock):
                 self.model.set_submodule(name, _ExplicitConvBlock(block))
         if self.model.feature_dtype is not None:
@@ -98,18 +106,21 @@ class _FoldedMovingBlock(MovingBlock):
         weights = self.folded()
         out = conv3d(y, weights.fixed, weights.bias)
         # A matrix product and no convolution: those of an fp16 graph are all of the features' type.
-        mean = _mean(_wide(x)).flatten(1) @ weights.mean.flatten(1).T
-        out = out + mean[:, :, None, None, None].to(out.dtype)
+        mean = _mean_of_planes(_wide(x.flatten(3))).flatten(1) @ weights.mean.flatten(1).T
+        out = out + mean.view(-1, out.shape[1], 1, 1, 1).to(out.dtype)
         for dilation, kernel in weights.dilated.items():
             out = out + _strided_conv3d(x, kernel, dilation)
         return F.leaky_relu(out, NEGATIVE_SLOPE)
 
 
 class _ExplicitConvBlock(ConvBlock):
-    """A convolution block with its normalisation spelt out, each row summed before the rest.
+    """A convolution block with its normalisation spelt out.
 
     ONNX Runtime's InstanceNormalization adds up a whole channel in one float32: at 160x192x160
-    its result is off by 4e-3, which becomes hundredths of a voxel.
+    its result is off by 4e-3, which becomes hundredths of a voxel. So each plane is summed by
+    itself. TensorRT writes a float32 copy of what both the sums and the rest read; the sums
+    therefore read a tensor of another shape, and the two passes stay in the type of the features
+    (bench/NOTES.md).
     """
 
     def __init__(self, block: ConvBlock) -> None:
@@ -119,10 +130,33 @@ class _ExplicitConvBlock(ConvBlock):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.get_parameter("0.weight")
         x = conv3d(x, weight, stride=self.stride, padding=1)
-        wide = _wide(x)
-        wide = wide - _mean(wide)
-        y = F.leaky_relu(wide * (_mean(wide * wide) + NORM_EPS).rsqrt(), NEGATIVE_SLOPE)
-        return y.to(x.dtype)
+        planes = _wide(x.flatten(3))
+        mean, square = (_mean_of_planes(each) for each in (planes, planes * planes))
+        # Without a bias before it a mean is of the order of the deviation: against float64, the
+        # displacement is closer than with centred squares. Rounding may leave a variance below 0.
+        scale = (F.relu(square - mean * mean) + NORM_EPS).rsqrt()
+        return F.leaky_relu(_wide(x) * scale - mean * scale, NEGATIVE_SLOPE).to(x.dtype)
+
+
+class _SeparableDecoder(Decoder):
+    """A decoder that upsamples one axis after the other, the same trilinear interpolation.
+
+    All three at once, TensorRT reads 24 bytes of indices for each value of a small level.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        nn.Module.__init__(self)
+        for name, block in decoder.named_children():
+            self.add_module(name, block)
+
+    def forward(self, fused: dict[int, Tensor], pair: Tensor, step: int) -> Tensor:
+        x: Tensor = self.dc0(fused[4])
+        for level in range(1, step + 1):
+            block = self.get_submodule(f"dc{level}")
+            x = block(torch.cat((_upsampled(x), fused[4 - level]), dim=1))
+        x = self.dc5(self.dc4(x))
+        x = self.dc6(torch.cat((_upsampled(x), pair), dim=1))
+        return x
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -130,5 +164,71 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(dim=4, keepdim=True).mean(dim=(2, 3), keepdim=True)
+def _mean_of_planes(planes: Tensor) -> Tensor:
+    """(B, C, D, H * W) to (B, C, 1, 1, 1)."""
+    return planes.mean(dim=3, keepdim=True).mean(dim=2, keepdim=True)[..., None]
+
+
+def _upsampled(x: Tensor) -> Tensor:
+    for factors in ((2.0, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 1.0, 2.0)):
+        x = F.interpolate(x, scale_factor=factors, mode="trilinear", align_corners=False)
+    return x
+
+
+class _BranchwiseMovingBlock(MovingBlock):
+    """A moving block as the paper draws it: seven branches, concatenated, and ``out``."""
+
+    def __init__(self, block: MovingBlock) -> None:
+        nn.Module.__init__(self)
+        self.dilation = block.dilation
+        for name, branch in block.named_children():
+            self.add_module(name, branch)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        def branch(name: str, image: Tensor, dilation: int) -> Tensor:
+            weight, bias = (self.get_parameter(f"{name}.{part}") for part in ("weight", "bias"))
+            padding = dilation if weight.shape[-1] == 3 else 0
+            return F.conv3d(image, weight, bias, 2, padding, dilation)
+
+        pooled = branch("conv", x.mean(dim=(2, 3, 4), keepdim=True), 1)
+        branches = [pooled.expand_as(y), branch("conv2", x, 1), branch("ab1", x, 1)]
+        for factor, name in enumerate(("ab6", "ab12", "ab18"), start=1):
+            branches.append(branch(name, x, factor * self.dilation))
+        return F.leaky_relu(self.out(torch.cat((*branches, y), dim=1)), NEGATIVE_SLOPE)
+
+
+def check_rewriting(model: UlaeNet) -> None:
+    """Compare :class:`InferenceGraph` with the network as it was trained, in float64.
+
+    Moving blocks are there applied branch by branch, and every fixed path and step is computed in
+    full. Heads are made to displace voxels: fresh ones hardly move anything, and what is not moved
+    hides a wrong warp.
+
+    Args:
+        model: the network; it is not changed.
+
+    Raises:
+        EquivalenceError: if they differ by more than 1e-9 of the largest value.
+    """
+    model = copy.deepcopy(model).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for head in model.heads.values():
+        assert isinstance(head, nn.Conv3d)
+        noise = torch.randn(head.weight.shape, generator=generator, dtype=torch.float64)
+        head.weight.data += _CHECK_STD * noise
+    plain = copy.deepcopy(model)
+    for name, block in dict(plain.named_modules()).items():
+        if isinstance(block, MovingBlock):
+            plain.set_submodule(name, _BranchwiseMovingBlock(block))
+    images = torch.rand(2, 1, 1, *_CHECK_SHAPE, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        expected = plain(*images)
+        found = InferenceGraph(model)(*images)
+    for name, a, b in zip(("moved", "disp"), found, (expected.moved, expected.disp), strict=True):
+        error = float((a - b).abs().max() / b.abs().max())
+        if not error <= _CHECK_TOLERANCE:
+            raise EquivalenceError(
+                f"the rewritten graph is not the network: {name} differs by {error:.1e} of its "
+                f"largest value in float64, expected at most {_CHECK_TOLERANCE:.0e}",
+                "this is a defect of ulae_rt; nothing was written",
+            )
