@@ -161,6 +161,7 @@ class FakeLibrary:
         self.enqueued = 0
         self.enqueue_fails_from = 100
         self.graph_strategy = None
+        self.refuses = ""
 
     def Runtime(self, logger):
         self.logger = logger
@@ -186,6 +187,9 @@ class FakeLibrary:
 
     def context(self, config=None):
         self.graph_strategy = config and config.cuda_graph_strategy
+        if self.refuses == "context":
+            self.logger.log(self.ILogger.ERROR, "insufficient workspace")
+            return None
         self.addresses = {}
         return SimpleNamespace(
             set_tensor_address=self.set_tensor_address, execute_async_v3=self.execute
@@ -193,7 +197,7 @@ class FakeLibrary:
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
-        return True
+        return self.refuses != name
 
     def execute(self, stream):
         self.enqueued += 1
@@ -325,6 +329,20 @@ def test_enqueue_that_fails_gives_the_librarys_reason(cuda, library):
     library.enqueue_fails_from = 0
     with pytest.raises(EngineMismatch, match="running the engine on cuda:0: an illegal memory"):
         backend.run(feeds())
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("context", "failed preparing the engine on cuda:0: insufficient workspace"),
+        ("disp", "failed giving disp its place on cuda:0: no reason was logged"),
+    ],
+)
+def test_what_the_library_refuses_is_one_error_and_leaves_nothing(cuda, library, what, message):
+    library.refuses = what
+    with pytest.raises(EngineMismatch, match=message):
+        TensorRtBackend(b"a plan", "tensorrt", "cuda")
+    assert (cuda.memory, cuda.alive) == ({}, set())
 
 
 @pytest.mark.parametrize("where", ["enqueue", "cudaGraphInstantiate"])
