@@ -232,3 +232,9 @@ def test_results_are_the_callers_own(engine):
     first.moved[...] = 7
     second = engine.run(moving, fixed)
     np.testing.assert_array_equal(second.moved, moving + fixed)
+
+
+def test_views_reach_the_backend_in_one_piece(engine):
+    moving, fixed = images()
+    flipped = moving[..., ::-1]
+    np.testing.assert_array_equal(engine.run(flipped, fixed).moved, flipped + fixed)
