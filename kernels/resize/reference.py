@@ -26,7 +26,8 @@ def _resize_axes(x: Tensor, factor: int) -> Tensor:
     """
     along_d, along_h, along_w = (_interpolation(size, factor).to(x.dtype) for size in x.shape[2:])
     x = along_h @ (x @ along_w.t())
-    return (along_d @ x.flatten(3)).unflatten(3, x.shape[3:])
+    out: Tensor = (along_d @ x.flatten(3)).unflatten(3, x.shape[3:])
+    return out
 
 
 def _interpolation(size: int, factor: int) -> Tensor:

@@ -54,7 +54,7 @@ def sample(image: Tensor, grid: Tensor, padding: str, mode: str) -> Tensor:
 
 # Slices of the output that are sampled at a time: a batch for torch to split over its threads,
 # whose coordinates stay in the cache.
-_SLAB = 8
+_SLAB = 16
 
 
 def sample_slices(image: Tensor, disp: Tensor) -> Tensor:
@@ -94,10 +94,10 @@ def sample_slices(image: Tensor, disp: Tensor) -> Tensor:
             row.add_(first, alpha=2 * step / rows)
             column = torch.add(column_of_w, u_w, alpha=2 / W).nan_to_num_(-2.0, 2.0, -2.0)
             points = torch.stack((column, row), dim=-1)
-            found = F.grid_sample(
-                plane.expand(len(z), -1, -1, -1), points, align_corners=False
-            ).split(channels, dim=1)  # fmt: skip
-            result[:, inside].copy_(torch.lerp(*found, z.sub_(first)[:, None]).transpose(0, 1))
+            found = F.grid_sample(plane.expand(len(z), -1, -1, -1), points, align_corners=False)
+            upper, lower = found.split(channels, dim=1)
+            value = torch.lerp(upper, lower, z.sub_(first)[:, None])
+            result[:, inside].copy_(value.transpose(0, 1))
     return out
 
 
