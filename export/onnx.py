@@ -94,6 +94,7 @@ def _simplify(model: Any) -> None:
     torch's own clean-up also searches for 150 patterns, of which the network has none: half of the
     time of an export.
     """
+    ir = require("onnx_ir", "export")
     optimizer = require("onnxscript.optimizer", "export")
     passes = require("onnx_ir.passes.common", "export")
     passes.InlinePass()(model)
@@ -103,6 +104,13 @@ def _simplify(model: Any) -> None:
             # torch gives a convolution without a bias one of zeros, and of a shape that TensorRT
             # refuses.
             node.resize_inputs(2)
+        if node.op_type == "Reshape" and node.inputs[1].const_value is None:
+            # Nothing but the batch is open: -1 stands for it, where torch looks it up at run time.
+            sizes = [-1, *(int(size) for size in node.outputs[0].shape[1:])]
+            name = f"{node.outputs[0].name}.sizes"
+            constant = ir.Value(name=name, const_value=ir.tensor(sizes, name=name))
+            model.graph.register_initializer(constant)
+            node.replace_input_with(1, constant)
     for each in (
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedFunctionsPass(),
