@@ -164,7 +164,7 @@ def _add_gathered_conv3d(out: Tensor, x: Tensor, kernels: dict[int, Tensor]) -> 
         columns = torch.empty((len(sources), 3, 3, 3, slices, H, W), dtype=x.dtype)
         for column, (padded, reach, step) in zip(columns.unbind(), sources, strict=True):
             volume = padded[b, step * d :]
-            strides = [[reach * s for s in volume.stride()], [step * s for s in volume.stride()]]
-            column.copy_(volume.as_strided(column.shape, sum(strides, [])))
+            strides = [by * stride for by in (reach, step) for stride in volume.stride()]
+            column.copy_(volume.as_strided(column.shape, strides))
         found = columns.view(-1, slices * H * W).t() @ weight
         out[b, :, d : d + slices].add_(found.t().view(channels, slices, H, W))
