@@ -1,7 +1,8 @@
 """Turn weights into inference engines, each verified against the network before it is written.
 
-Writes the artefact and a JSON manifest beside it that says what it is, what to feed it with and
-how far it is from the reference.
+Writes artefacts, a JSON manifest beside each that says what it is, what to feed it with and how far
+it is from the network in float64, and REPORT.md. Without --format: ONNX, a .pt2 for the CPU, and
+what runs fastest on this machine's GPU if there is one.
 """
 
 import argparse
@@ -10,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from ulae_rt.cli import Report
-from ulae_rt.export.config import DEFAULT_FOLDER, FORMATS, PRECISIONS, ExportConfig
+from ulae_rt.errors import UsageError
+from ulae_rt.export.config import (
+    COMPATIBILITIES,
+    DEFAULT_FOLDER,
+    PRECISIONS,
+    TOLERANCES,
+    ExportConfig,
+    Tolerance,
+)
+from ulae_rt.manifest import ANY_BATCH, KINDS, VERIFIED
 from ulae_rt.optional import require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``ulae-rt export``."""
     parser.add_argument(
-        "--weights", type=Path, required=True, metavar="FILE", help="what to export"
+        "--weights", type=Path, metavar="FILE", help="what to export; default: the shipped weights"
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help=f"default: {DEFAULT_FOLDER}/<name of the weights>"
@@ -29,8 +39,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("D", "H", "W"),
         help="grid of the engine, multiples of 16; default: the one the weights were trained on",
     )
-    parser.add_argument("--format", action="append", choices=FORMATS, help="default: onnx")
-    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: fp32")
+    parser.add_argument("--format", action="append", choices=KINDS, help="may be repeated")
+    parser.add_argument(
+        "--precision", action="append", choices=PRECISIONS, help="of the features; may be repeated"
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="smNN",
+        help="GPU architecture to build for (or cpu, for pt2); may be repeated; default: this "
+        "machine's",
+    )
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        default=["1"],
+        metavar="N",
+        help="pairs a run takes, an artefact each; 'dynamic' for ONNX; default: 1",
+    )
+    parser.add_argument(
+        "--hardware-compatibility",
+        choices=COMPATIBILITIES,
+        default="none",
+        help="build TensorRT engines that other GPUs run too, more slowly",
+    )
+    parser.add_argument(
+        "--timing-cache", type=Path, metavar="DIR", help="keep TensorRT's timings for later builds"
+    )
+    parser.add_argument(
+        "--triton-repository",
+        type=Path,
+        metavar="DIR",
+        help="also write a model repository for NVIDIA Triton Inference Server",
+    )
+    parser.add_argument(
+        "--tolerance",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"largest error that passes; NAME is one of {', '.join(Tolerance._fields)}",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be made, and stop")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
@@ -40,35 +89,57 @@ def run(arguments: argparse.Namespace, report: Report) -> dict[str, Any]:
         weights=arguments.weights,
         out=arguments.out,
         shape=tuple(arguments.shape) if arguments.shape else None,
-        formats=_chosen(arguments.format, FORMATS),
-        precisions=_chosen(arguments.precision, PRECISIONS),
+        formats=_chosen(arguments.format),
+        precisions=_chosen(arguments.precision),
+        targets=_chosen(arguments.target),
+        batches=tuple(dict.fromkeys(map(_batch, arguments.batch))),
+        compatibility=arguments.hardware_compatibility,
+        tolerances=dict(map(_tolerance, arguments.tolerance)),
+        timing_cache=arguments.timing_cache,
+        triton_repository=arguments.triton_repository,
         overwrite=arguments.overwrite,
     )
     for library in ("torch", "safetensors", "onnx", "onnxscript"):
         require(library, "export")
+    from ulae_rt.export.plan import plan
+
+    decided = plan(config)
+    for item, missing in decided.left_out:
+        report(f"not made: {item.name}: {missing.message} ({missing.hint})")
+    if arguments.dry_run:
+        for item in decided.items:
+            report(f"would make {config.folder / item.name}")
+        for precision in dict.fromkeys(item.precision for item in decided.items):
+            allowed = config.tolerance(precision)._asdict().items()
+            report(f"{precision} may be off by {', '.join(f'{k} {v:g}' for k, v in allowed)}")
+        return {"would_make": [str(config.folder / item.name) for item in decided.items]}
+    return _export(config, report)
+
+
+def _export(config: ExportConfig, report: Report) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from ulae_rt.export.exporter import STAGES, export
+    from ulae_rt.export.exporter import export
+    from ulae_rt.export.serving import write_repository
 
-    stages = STAGES * len(config.formats) * len(config.precisions)
-    with tqdm(total=stages, bar_format="{desc} |{bar}| {elapsed}", disable=None) as bar:
-        begun = False
+    with tqdm(bar_format="{elapsed} {desc}", disable=None, leave=False) as bar:
 
         def progress(stage: str) -> None:
-            nonlocal begun
-            bar.update(1 if begun else 0)
-            begun = True
             bar.set_description_str(stage)
 
         exported = export(config, progress)
-        bar.update(1)
     artefacts = []
     for item in exported:
-        worst = max(item.manifest.errors, key=lambda measured: measured.disp_max)
-        report(
-            f"{item.path}  {item.size_mb:.1f} MB  {item.seconds:.0f} s  displacement within "
-            f"{worst.disp_max:.1e} voxel of torch, moved image within {worst.moved_max:.1e}"
-        )
+        line = f"{item.path}  {item.size_mb:.1f} MB  {item.seconds:.0f} s  {item.manifest.status}"
+        if item.manifest.status == VERIFIED:
+            worst = max(item.manifest.errors, key=lambda measured: measured.disp_max)
+            line += (
+                f": displacement within {worst.disp_max:.1e} voxel of float64 (mean "
+                f"{worst.disp_mean:.1e}), moved image within {worst.moved_max:.1e}"
+            )
+        else:
+            line += f": {item.not_run}"
+        report(line)
         artefacts.append(
             {
                 "path": str(item.path),
@@ -77,9 +148,41 @@ def run(arguments: argparse.Namespace, report: Report) -> dict[str, Any]:
                 "manifest": dataclasses.asdict(item.manifest),
             }
         )
-    return {"artefacts": artefacts}
+    result: dict[str, Any] = {"artefacts": artefacts}
+    if config.triton_repository is not None:
+        models = write_repository(
+            config.triton_repository,
+            [(item.path, item.manifest) for item in exported],
+            config.overwrite,
+        )
+        for model in models:
+            report(f"{model}  for NVIDIA Triton Inference Server")
+        result["triton_repository"] = [str(model) for model in models]
+    return result
 
 
-def _chosen(values: list[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:
+def _chosen(values: list[str] | None) -> tuple[str, ...] | None:
     """Each once, in the order given."""
-    return tuple(dict.fromkeys(values)) if values else default
+    return tuple(dict.fromkeys(values)) if values else None
+
+
+def _batch(text: str) -> int:
+    if text == "dynamic":
+        return ANY_BATCH
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UsageError(
+            f"batch is {text!r}, expected a number or 'dynamic'", "e.g. --batch 1 4 8"
+        ) from error
+
+
+def _tolerance(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError as error:
+        raise UsageError(
+            f"tolerance is {text!r}, expected NAME=VALUE, e.g. disp_max=0.5",
+            f"the largest displacement error allowed in fp16 is {TOLERANCES['fp16'].disp_max:g}",
+        ) from error

@@ -1,33 +1,46 @@
-"""One export from start to end: read, trace, check, verify, and only then write."""
+"""One export from start to end: read, rewrite, build, verify, and only then write."""
 
 import datetime
+import functools
 import importlib.metadata
-import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ulae_rt.engines.backends import OnnxRuntimeBackend
-from ulae_rt.errors import OutputError
-from ulae_rt.export.config import ExportConfig, check_shape
-from ulae_rt.export.onnx import INPUTS, OPSET, OUTPUTS, onnx_from_model
-from ulae_rt.export.verify import cases, measure
+from ulae_rt.engines.backends import Backend, open_backend
+from ulae_rt.engines.machine import devices_for
+from ulae_rt.errors import BackendUnavailable, OutputError, UsageError
+from ulae_rt.export import pt2, tensorrt
+from ulae_rt.export.cases import Case, canary_case, canary_heads, sample_case
+from ulae_rt.export.census import types_of, work_of
+from ulae_rt.export.config import MAX_VOXELS, ExportConfig, Tolerance, check_shape
+from ulae_rt.export.files import check_writable, publish
+from ulae_rt.export.graph import check_rewriting
+from ulae_rt.export.onnx import INPUTS, OPSET, OUTPUTS, onnx_from_model, with_heads_of
+from ulae_rt.export.plan import Item, plan
+from ulae_rt.export.report import REPORT, report_of
+from ulae_rt.export.verify import verify
 from ulae_rt.manifest import (
+    ANY_BATCH,
+    NOT_RUN,
     VERIFIED,
     EngineMetadata,
     Manifest,
+    Measured,
     TensorSpec,
     Work,
     manifest_path,
     sha256,
 )
 from ulae_rt.model import UlaeNet, load_model
-
-STAGES = 5  # how often `progress` is called for one artefact
+from ulae_rt.model.checkpoint import DEFAULT_WEIGHTS
 
 _LIBRARIES = ("ulae-rt", "torch", "onnx", "onnxscript", "onnxruntime")
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,90 +51,245 @@ class Exported:
         path: of the artefact; its manifest lies beside it.
         manifest: its content.
         size_mb: of the artefact, 10^6 bytes.
-        seconds: from reading the weights to the written file.
+        seconds: to build, verify and write it.
+        not_run: why it was not verified; empty if it was.
     """
 
     path: Path
     manifest: Manifest
     size_mb: float
     seconds: float
+    not_run: str
 
 
-def export(config: ExportConfig, progress: Callable[[str], None]) -> list[Exported]:
-    """Write every artefact that ``config`` asks for, each with its manifest.
+class _Built(NamedTuple):
+    """An artefact in memory."""
+
+    content: bytes
+    types: dict[str, int]
+    versions: dict[str, str]
+
+
+def export(config: ExportConfig, progress: Progress) -> list[Exported]:
+    """Write every artefact that ``config`` asks for, each with its manifest, and a report.
+
+    Each is written as soon as it is verified; an error leaves those before it.
 
     Args:
         config: what to export.
         progress: called with the name of each stage as it begins.
 
     Raises:
+        UsageError: if what is asked for does not exist, or the weights' size cannot be exported.
+        BackendUnavailable: if this machine lacks what a named format needs.
         CheckpointError: if the weights cannot be used.
-        UsageError: if the weights were trained on a size that cannot be exported.
         OutputError: if the folder cannot be written, or holds such an artefact already.
-        ExportError: if the graph cannot be made; EquivalenceError if it computes something else.
+        ExportError: if an artefact cannot be made; EquivalenceError if it computes something else.
     """
-    artefacts = [
-        config.folder / f"ulae-net-{precision}.{kind}"
-        for kind in config.formats
-        for precision in config.precisions
-    ]
-    for artefact in artefacts:
-        _check_writable(artefact, config.overwrite)
-    return [_export_onnx(config, artefact, progress) for artefact in artefacts]
-
-
-def _export_onnx(config: ExportConfig, artefact: Path, progress: Callable[[str], None]) -> Exported:
-    start = time.perf_counter()
+    wanted = plan(config).items
+    artefacts = [config.folder / item.name for item in wanted]
+    check_writable(
+        [path for each in artefacts for path in (each, manifest_path(each))], config.overwrite
+    )
     progress("reading the weights")
-    model = load_model(config.weights)
+    path = DEFAULT_WEIGHTS if config.weights is None else config.weights
+    model = load_model(path)
     shape = config.shape or model.metadata.shape
     check_shape(shape)
+    check_batches(shape, config.batches)
+    weights_sha256 = sha256(path.read_bytes())
+    _check_folder(config.folder, weights_sha256, shape)
+    progress("checking the rewritten graph in float64")
+    check_rewriting(model)
+    network = _Network(model, shape, wanted, weights_sha256, progress)
+    exported = []
+    for item, artefact in zip(wanted, artefacts, strict=True):
+        exported.append(_export(network, item, artefact, config))
+        publish({config.folder / REPORT: report_of(config.folder).encode()})
+    return exported
 
-    progress("tracing the network")
-    proto = onnx_from_model(model, shape)
-    content: bytes = proto.SerializeToString()
 
-    errors = []
-    for case in cases(model, proto, shape):
-        progress(f"verifying on {case.name}")
-        # The artefact itself wherever it can be, and not what it was made from.
-        same = case.proto is proto
-        backend = OnnxRuntimeBackend(content if same else case.proto.SerializeToString(), "cpu")
-        errors.append(measure(case, backend))
+def check_batches(shape: tuple[int, int, int], batches: tuple[int, ...]) -> None:
+    """Refuse batches whose widest tensor could not be counted."""
+    voxels = shape[0] * shape[1] * shape[2]
+    if (largest := max(batches)) * voxels > MAX_VOXELS:
+        raise UsageError(
+            f"batch {largest} of {' x '.join(map(str, shape))} has {largest * voxels} voxels, "
+            f"expected at most {MAX_VOXELS}",
+            f"the largest batch of this size is {MAX_VOXELS // voxels}",
+        )
 
-    progress("writing")
-    manifest = Manifest(
-        artefact=artefact.name,
-        kind="onnx",
-        precision="fp32",
-        target="any",
-        compatibility="none",
-        inputs=tuple(_spec(name, shape) for name in INPUTS),
-        outputs=tuple(_spec(name, shape) for name in OUTPUTS),
-        metadata=_metadata(model, shape),
-        preprocessing=(),
+
+def _check_folder(folder: Path, weights_sha256: str, shape: tuple[int, int, int]) -> None:
+    """One folder, one network and size: whoever opens it must not have to ask which."""
+    for path in sorted(folder.glob("ulae-net-*.json")):
+        there = Manifest.read(path)
+        if there.weights_sha256 != weights_sha256 or there.metadata.shape != shape:
+            raise OutputError(
+                f"{folder}: holds engines of other weights or another size ({there.artefact})",
+                "give another --out, or remove them",
+            )
+
+
+class _Network:
+    """One network and everything about it that several artefacts share, made when first needed."""
+
+    def __init__(
+        self,
+        model: UlaeNet,
+        shape: tuple[int, int, int],
+        wanted: tuple[Item, ...],
+        weights_sha256: str,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.canary = canary_heads(model)
+        self.shape = shape
+        self.weights_sha256 = weights_sha256
+        self.progress = progress
+        self._both_ways = any(item.batch != 1 for item in wanted)
+        self.proto = functools.cache(self._proto)
+
+    def _proto(self, precision: str, batch: int) -> Any:
+        """The network as an ONNX model."""
+        self.progress(f"tracing the network, {precision}")
+        size = None if batch == ANY_BATCH else batch
+        return onnx_from_model(self.model, self.shape, precision=precision, batch=size)
+
+    @functools.cached_property
+    def sample(self) -> Case:
+        """The sample pair and what it must give."""
+        self.progress("registering the sample pair in float64")
+        return sample_case(self.model, self.shape, self._both_ways)
+
+    @functools.cached_property
+    def noise(self) -> Case:
+        """The canary's pair and what it must give."""
+        self.progress("registering the canary in float64")
+        return canary_case(self.canary, self.shape, self._both_ways)
+
+
+def _export(network: _Network, item: Item, artefact: Path, config: ExportConfig) -> Exported:
+    start = time.perf_counter()
+    built = _build(network, item, config)
+    manifest = _manifest(network, item, built)
+    errors, not_run = _verified(network, item, built, manifest, config)
+    manifest = replace(manifest, status=VERIFIED if errors else NOT_RUN, errors=tuple(errors))
+    network.progress(f"{item.name}: writing")
+    publish({artefact: built.content, manifest_path(artefact): manifest.to_json().encode()})
+    return Exported(
+        artefact, manifest, len(built.content) / 1e6, time.perf_counter() - start, not_run
+    )
+
+
+def _build(network: _Network, item: Item, config: ExportConfig) -> _Built:
+    if item.kind == "pt2":
+        return _program(network, item, network.model)
+    proto = network.proto(item.precision, item.batch)
+    if item.kind == "onnx":
+        return _Built(proto.SerializeToString(), types_of(proto), {"opset": str(OPSET)})
+    return _engine(network, item, proto, config)
+
+
+def _canary(network: _Network, item: Item, built: _Built, config: ExportConfig) -> bytes:
+    """The artefact with the canary's heads, its weights otherwise and its operators the same."""
+    if item.kind == "pt2":
+        if item.target == "cpu":
+            return pt2.with_heads_of(network.canary, built.content)
+        return _program(network, item, network.canary).content
+    proto = with_heads_of(network.canary, network.proto(item.precision, item.batch))
+    if item.kind == "onnx":
+        content: bytes = proto.SerializeToString()
+        return content
+    return _engine(network, item, proto, config).content
+
+
+def _program(network: _Network, item: Item, model: UlaeNet) -> _Built:
+    network.progress(f"{item.name}: building")
+    program = pt2.build(
+        model, network.shape, precision=item.precision, batch=item.batch, target=item.target
+    )
+    return _Built(program.content, program.types, program.versions)
+
+
+def _engine(network: _Network, item: Item, proto: Any, config: ExportConfig) -> _Built:
+    engine = tensorrt.build(
+        proto.SerializeToString(),
+        kind=item.kind,
+        precision=item.precision,
+        target=item.target,
+        compatibility=item.compatibility,
+        timing_cache=config.timing_cache,
+        progress=lambda part: network.progress(f"{item.name}: building, {100 * part:.0f} %"),
+    )
+    return _Built(engine.content, engine.types, engine.versions)
+
+
+def _verified(
+    network: _Network, item: Item, built: _Built, manifest: Manifest, config: ExportConfig
+) -> tuple[list[Measured], str]:
+    """What was measured on every device at hand; or nothing, and why."""
+    tolerance = config.tolerance(item.precision)
+    errors: list[Measured] = []
+    for device in devices_for(manifest):
+        try:
+            backend = open_backend(manifest, built.content, device)
+        except BackendUnavailable as error:
+            return [], str(error)
+        errors.append(_verify(network, item, backend, network.sample, tolerance))
+        # Made only where it can be run, since an engine's takes as long as the engine itself.
+        backend = open_backend(manifest, _canary(network, item, built, config), device)
+        errors.append(_verify(network, item, backend, network.noise, tolerance))
+    return errors, ""
+
+
+def _verify(
+    network: _Network, item: Item, backend: Backend, case: Case, tolerance: Tolerance
+) -> Measured:
+    network.progress(f"{item.name}: verifying on the {case.name}, {backend.device}")
+    try:
+        return verify(backend, item.batch, case, tolerance)
+    finally:
+        backend.close()
+
+
+def _manifest(network: _Network, item: Item, built: _Built) -> Manifest:
+    return Manifest(
+        artefact=item.name,
+        kind=item.kind,
+        precision=item.precision,
+        target=item.target,
+        compatibility=item.compatibility,
+        inputs=tuple(_spec(name, item.batch, network.shape) for name in INPUTS),
+        outputs=tuple(_spec(name, item.batch, network.shape) for name in OUTPUTS),
+        metadata=_metadata(network.model, network.shape),
+        preprocessing=_preprocessing(network.model),
         versions={
-            "opset": str(OPSET),
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            **built.versions,
         },
-        weights_sha256=sha256(config.weights.read_bytes()),
-        artefact_sha256=sha256(content),
-        work=Work(0.0, 0.0, len(proto.graph.node)),
-        types={},
-        status=VERIFIED,
-        errors=tuple(errors),
+        work=_work(network, item),
+        types=built.types,
+        weights_sha256=network.weights_sha256,
+        artefact_sha256=sha256(built.content),
+        status=NOT_RUN,
+        errors=(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    _publish({artefact: content, manifest_path(artefact): manifest.to_json().encode()})
-    return Exported(artefact, manifest, len(content) / 1e6, time.perf_counter() - start)
 
 
-def _spec(name: str, shape: tuple[int, int, int]) -> TensorSpec:
+def _work(network: _Network, item: Item) -> Work:
+    # ONNX has no bf16 twin; fp16 moves the same bytes.
+    half = item.precision != "fp32"
+    return work_of(network.proto("fp16" if half else "fp32", 1))
+
+
+def _spec(name: str, batch: int, shape: tuple[int, int, int]) -> TensorSpec:
     if name == "disp":
         units = "voxels of the fixed grid; moved(p) = moving(p + disp(p))"
-        return TensorSpec(name, (1, 3, *shape), "float32", units, ("d", "h", "w"))
-    return TensorSpec(name, (1, 1, *shape), "float32", "intensity in [0, 1]", ("intensity",))
+        return TensorSpec(name, (batch, 3, *shape), "float32", units, ("d", "h", "w"))
+    return TensorSpec(name, (batch, 1, *shape), "float32", "intensity in [0, 1]", ("intensity",))
 
 
 def _metadata(model: UlaeNet, shape: tuple[int, int, int]) -> EngineMetadata:
@@ -136,32 +304,13 @@ def _metadata(model: UlaeNet, shape: tuple[int, int, int]) -> EngineMetadata:
     )
 
 
-def _check_writable(artefact: Path, overwrite: bool) -> None:
-    """Before minutes of work, not after them."""
-    for path in (artefact, manifest_path(artefact)):
-        if path.exists() and not overwrite:
-            raise OutputError(f"{path}: is there already", "pass --overwrite, or another --out")
-    folder = next(parent for parent in artefact.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise OutputError(f"{folder}: is a file, expected a folder", "give another --out")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder}: no permission to write there", "give another --out")
-
-
-def _publish(files: dict[Path, bytes]) -> None:
-    """Write all files beside their places, then rename them."""
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path].write_bytes(content)
-        for path, part in parts.items():
-            part.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{error.filename or path}: cannot be written ({error.strerror})",
-            "free some space or give another --out",
-        ) from error
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+def _preprocessing(model: UlaeNet) -> tuple[str, ...]:
+    spacing = model.metadata.spacing_mm
+    return (
+        "skull-stripped, background 0",
+        "axes d, h, w to the right, to the front and to the top of the head (RAS)",
+        f"resampled to cubic voxels of {spacing:g} mm, the moving image through the affine "
+        "transform to the fixed one",
+        "cropped or padded to the shape, the fixed brain in the middle",
+        f"intensities to [0, 1] by normalisation '{model.metadata.normalisation}'",
+    )

@@ -89,6 +89,20 @@ def build(
     return BuiltProgram(content, _types(program), versions)
 
 
+def with_heads_of(model: UlaeNet, content: bytes) -> bytes:
+    """A program for the CPU with another network's heads; building one anew takes much longer.
+
+    Args:
+        model: of the same structure.
+        content: of :func:`build`.
+    """
+    program = torch.export.load(io.BytesIO(content))
+    for name, value in program.state_dict.items():
+        if ".heads." in name:
+            value.data.copy_(model.get_parameter(name.removeprefix("model.")).data)
+    return _saved(program)
+
+
 def trace_for_cpu(
     model: UlaeNet, shape: tuple[int, int, int], *, precision: str, batch: int
 ) -> torch.export.ExportedProgram:

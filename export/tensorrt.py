@@ -5,7 +5,6 @@ TensorRT-RTX builds for a named architecture without any, and the machine that r
 compiles its kernels. What they parsed and what they built is read back.
 """
 
-import functools
 import logging
 import os
 import re
@@ -17,8 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from ulae_rt.engines.backends.tensorrt import library_logger
 from ulae_rt.engines.machine import gpus
 from ulae_rt.errors import BackendUnavailable, ExportError, UsageError
+from ulae_rt.export.config import COMPATIBILITIES, Missing
 from ulae_rt.export.proof import (
     NOT_PROVED,
     census_of_inspection,
@@ -55,19 +56,11 @@ _LIBRARIES = {
     ),
 }
 KINDS = tuple(_LIBRARIES)
-COMPATIBILITIES = ("none", "ampere-plus", "same-capability")
 
 # What TensorRT-RTX builds this network for. It knows sm75 too, but "FP32 3D convolution is not
 # supported" there, and the displacement heads are float32 in every precision.
 RTX_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
 _AMPERE = 80
-
-
-class Missing(NamedTuple):
-    """Why an engine cannot be built here."""
-
-    message: str
-    hint: str
 
 
 class BuiltEngine(NamedTuple):
@@ -230,7 +223,7 @@ def build(
     expected = convolutions_of(proto)
     check_sold_as(expected, precision)
 
-    logger = _logger(trt)
+    logger = library_logger(trt)
     logger.errors.clear()
     # Without a usable driver, TensorRT's constructor gives no object, a TypeError to Python.
     try:
@@ -357,29 +350,6 @@ def _inspected(trt: ModuleType, content: bytes, logger: Any) -> str:
     return text
 
 
-@functools.cache
-def _logger(trt: ModuleType) -> Any:
-    """The library's log, into Python's. One for all builds: TensorRT keeps to the first it gets."""
-    levels = {
-        trt.ILogger.Severity.WARNING: logging.WARNING,
-        trt.ILogger.Severity.INFO: logging.DEBUG,
-        trt.ILogger.Severity.VERBOSE: logging.DEBUG,
-    }
-
-    class Logger(trt.ILogger):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []  # told in the message of the exception
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in levels:
-                _log.log(levels[severity], "%s: %s", trt.__name__, message)
-            else:
-                self.errors.append(message)
-
-    return Logger()
-
-
 def _run(
     trt: ModuleType,
     builder: Any,
@@ -493,7 +463,7 @@ def read_timing_cache(config: Any, path: Path, logger: Any) -> None:
     Args:
         config: ``IBuilderConfig``.
         path: of the cache, which need not exist.
-        logger: of :func:`_logger`; tells what the library thinks of the cache.
+        logger: of :func:`library_logger`; tells what the library thinks of the cache.
     """
     try:
         content = path.read_bytes()

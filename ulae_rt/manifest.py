@@ -65,7 +65,7 @@ class EngineMetadata:
 
 @dataclass(frozen=True)
 class Work:
-    """What one run of the graph takes, counted on its nodes at batch 1.
+    """What one run of the graph takes, counted on its nodes for one pair.
 
     Attributes:
         gflop: 10^9 operations of its convolutions, 2 a multiply-add.
@@ -87,7 +87,7 @@ class Measured:
         pair: which images.
         runtime: what ran the artefact, and on which kind of device.
         machine: name of the processor or GPU.
-        seconds: a run of one batch, median.
+        seconds: a run of one batch, the quickest of a few.
         disp_largest: length of the reference's largest displacement, voxels.
         disp_mean, disp_p99, disp_max: length of the difference of the displacements, voxels.
         moved_mean, moved_max: difference of the moved images, whose intensities lie in [0, 1].

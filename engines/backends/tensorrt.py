@@ -1,7 +1,9 @@
 """TensorRT and TensorRT-RTX: ``.engine``, on one GPU. The two libraries share their interface."""
 
+import functools
 import logging
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +46,8 @@ class TensorRtBackend:
             raise
 
     def _load(self, library: Any, content: bytes) -> None:
-        said = _logger(library)
-        self._logger = said  # the library keeps no reference of its own
+        said = library_logger(library)
+        self._logger = said
         self._runtime = library.Runtime(said)
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
@@ -130,14 +132,27 @@ class TensorRtBackend:
         self._graph = self._context = self._engine = self._runtime = None
 
 
-def _logger(library: Any) -> Any:
-    """A logger that keeps the last error: calls of the library give None or False, and log why."""
+@functools.cache
+def library_logger(library: Any) -> Any:
+    """The library's log, into Python's: its calls give None or False, and log why.
+
+    One for a process, since TensorRT keeps to the first it is given. ``errors`` has the last few.
+    """
 
     class Logger(library.ILogger):  # type: ignore[misc]
-        last = "no reason was logged"
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=20)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (library.ILogger.ERROR, library.ILogger.INTERNAL_ERROR):
-                self.last = message
+                self.errors.append(message)
+                return
+            level = logging.WARNING if severity == library.ILogger.WARNING else logging.DEBUG
+            logger.log(level, "%s: %s", library.__name__, message)
+
+        @property
+        def last(self) -> str:
+            return self.errors[-1] if self.errors else "no reason was logged"
 
     return Logger()

@@ -143,6 +143,7 @@ class FakeCuda:
 class FakeLibrary:
     """``tensorrt`` and ``tensorrt_rtx``: one plan, ``b"a plan"``, that is a small network."""
 
+    __name__ = "tensorrt"
     __version__ = "9.9"
     DataType = enum.Enum("DataType", "FLOAT HALF")
     TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
@@ -431,7 +432,7 @@ def test_members_are_those_the_real_library_has():
         value = library
         for part in path.split("."):
             value = getattr(value, part)
-    said = tensorrt_module._logger(library)
+    said = tensorrt_module.library_logger(library)
     assert library.Runtime(said)
     said.log(library.ILogger.ERROR, "why")
     said.log(library.ILogger.WARNING, "not why")

@@ -16,6 +16,7 @@ import pytest
 import tensorrt_rtx
 
 from _support.nets import small_net
+from ulae_rt.engines.backends.tensorrt import library_logger
 from ulae_rt.engines.machine import Gpu
 from ulae_rt.errors import BackendUnavailable, ExportError, UsageError
 from ulae_rt.export import tensorrt
@@ -184,10 +185,10 @@ def test_failing_progress_is_raised_here_and_not_in_the_library(protos):
 
 
 def test_library_writes_to_the_log_alone(protos, capfd, caplog, tmp_path):
-    with caplog.at_level(logging.DEBUG, "ulae_rt.export.tensorrt"):
+    with caplog.at_level(logging.DEBUG, "ulae_rt.engines.backends.tensorrt"):
         build(protos["fp32"].SerializeToString(), precision="fp32", timing_cache=tmp_path, **RTX)
     assert capfd.readouterr() == ("", "")
-    said = [record for record in caplog.records if record.name == "ulae_rt.export.tensorrt"]
+    said = [record for record in caplog.records if record.name.startswith("ulae_rt.")]
     assert any("tensorrt_rtx: " in record.getMessage() for record in said)
     (warning,) = [record for record in said if record.levelno > logging.DEBUG]
     assert "timing cache is not used: TensorRT-RTX times no kernels" in warning.getMessage()
@@ -335,7 +336,7 @@ def test_other_sampling_than_linear_is_refused(protos, name, value, read):
 def test_sampling_that_the_library_lost_is_refused(protos, monkeypatch):
     counted = copied(protos["fp16"])
     counted.graph.node.append(next(n for n in counted.graph.node if n.op_type == "GridSample"))
-    logger = tensorrt._logger(tensorrt_rtx)
+    logger = library_logger(tensorrt_rtx)
     network = tensorrt_rtx.Builder(logger).create_network(0)
     assert tensorrt_rtx.OnnxParser(network, logger).parse(protos["fp16"].SerializeToString())
     with pytest.raises(ExportError, match="read 5 GridSample layers, expected 6"):

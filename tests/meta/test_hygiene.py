@@ -7,7 +7,7 @@ import pytest
 
 from _support.project import ROOT
 
-BINARY = (".gz", ".png", ".safetensors", ".pt", ".onnx")
+BINARY = (".pb", ".gz", ".png", ".safetensors", ".pt", ".onnx")
 
 # Written so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|Users|tmp|opt|mnt|data|scratch)" + r"/\w")

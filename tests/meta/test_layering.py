@@ -29,6 +29,7 @@ LAYERS = {
     "ulae_rt.prepare": "commands",
     "ulae_rt.register": "commands",
     "ulae_rt.registrar": "runtime",
+    "ulae_rt.samples": "leaves",
     "ulae_rt.train": "commands",
     "ulae_rt.training": "training",
 }
@@ -42,7 +43,9 @@ MAY_IMPORT = {
     "model": {"package", "leaves", "kernels", "model"},
     "training": {"package", "leaves", "kernels", "model", "imaging", "training"},
     "engines": {"package", "leaves", "engines"},
-    "export": {"package", "leaves", "kernels", "model", "engines", "export", "commands"},
+    "export": {
+        "package", "leaves", "kernels", "model", "imaging", "engines", "export", "commands",
+    },
     "runtime": {"package", "leaves", "kernels", "model", "imaging", "engines", "runtime"},
     "commands": {
         "package", "leaves", "kernels", "model", "imaging", "engines", "runtime", "training",
