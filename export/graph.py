@@ -10,7 +10,7 @@ from ulae_rt.errors import EquivalenceError, ExportError
 from ulae_rt.kernels.norm_activate.reference import NEGATIVE_SLOPE, NORM_EPS
 from ulae_rt.model import UlaeNet
 from ulae_rt.model.blocks import ConvBlock, FoldedWeights, MovingBlock, _strided_conv3d, conv3d
-from ulae_rt.model.ulae_net import STEPS, Decoder
+from ulae_rt.model.ulae_net import STEPS
 
 # Precision -> type of the features; None: that of the inputs.
 PRECISIONS = {"fp32": None, "fp16": torch.float16}
@@ -45,8 +45,6 @@ class InferenceGraph(nn.Module):
         for name, block in dict(self.model.named_modules()).items():
             if isinstance(block, MovingBlock):
                 self.model.set_submodule(name, _FoldedMovingBlock(block))
-            elif isinstance(block, Decoder):
-                self.model.set_submodule(name, _SeparableDecoder(block))
             elif isinstance(block, ConvBlock):
                 self.model.set_submodule(name, _ExplicitConvBlock(block))
         if self.model.feature_dtype is not None:
@@ -127,7 +125,9 @@ class _ExplicitConvBlock(ConvBlock):
         nn.Sequential.__init__(self, *block)
         self.stride = block.stride
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = torch.cat((_upsampled(x), skip), dim=1)
         weight = self.get_parameter("0.weight")
         x = conv3d(x, weight, stride=self.stride, padding=1)
         planes = _wide(x.flatten(3))
@@ -136,27 +136,6 @@ class _ExplicitConvBlock(ConvBlock):
         # displacement is closer than with centred squares. Rounding may leave a variance below 0.
         scale = (F.relu(square - mean * mean) + NORM_EPS).rsqrt()
         return F.leaky_relu(_wide(x) * scale - mean * scale, NEGATIVE_SLOPE).to(x.dtype)
-
-
-class _SeparableDecoder(Decoder):
-    """A decoder that upsamples one axis after the other, the same trilinear interpolation.
-
-    All three at once, TensorRT reads 24 bytes of indices for each value of a small level.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        nn.Module.__init__(self)
-        for name, block in decoder.named_children():
-            self.add_module(name, block)
-
-    def forward(self, fused: dict[int, Tensor], pair: Tensor, step: int) -> Tensor:
-        x: Tensor = self.dc0(fused[4])
-        for level in range(1, step + 1):
-            block = self.get_submodule(f"dc{level}")
-            x = block(torch.cat((_upsampled(x), fused[4 - level]), dim=1))
-        x = self.dc5(self.dc4(x))
-        x = self.dc6(torch.cat((_upsampled(x), pair), dim=1))
-        return x
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -170,6 +149,10 @@ def _mean_of_planes(planes: Tensor) -> Tensor:
 
 
 def _upsampled(x: Tensor) -> Tensor:
+    """One axis after the other, the same trilinear interpolation.
+
+    All three at once, TensorRT reads 24 bytes of indices for each value of a small level.
+    """
     for factors in ((2.0, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 1.0, 2.0)):
         x = F.interpolate(x, scale_factor=factors, mode="trilinear", align_corners=False)
     return x

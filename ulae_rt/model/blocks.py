@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ulae_rt.kernels import _launch
 from ulae_rt.kernels.norm_activate.op import norm_activate
 from ulae_rt.kernels.norm_activate.reference import NEGATIVE_SLOPE
+from ulae_rt.kernels.upsample_concat.op import upsample_concat
 
 
 def as_features(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,11 +50,16 @@ class ConvBlock(nn.Sequential):
         )
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, D, H, W) to (B, out, D / stride, H / stride, W / stride)."""
-        return norm_activate(
-            conv3d(x, cast(nn.Conv3d, self[0]).weight, stride=self.stride, padding=1)
-        )
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(B, in, D, H, W) to (B, out, D / stride, H / stride, W / stride).
+
+        With ``skip``, of what :func:`ulae_rt.kernels.upsample_concat` makes of the two. Made here,
+        it is freed before the normalisation takes as much memory; an argument would not be.
+        """
+        if skip is not None:
+            x = upsample_concat(x, skip)
+        x = conv3d(x, cast(nn.Conv3d, self[0]).weight, stride=self.stride, padding=1)
+        return norm_activate(x)
 
 
 class FoldedWeights(NamedTuple):

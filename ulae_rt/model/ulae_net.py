@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ulae_rt.conventions import SIZE_MULTIPLE
 from ulae_rt.errors import ShapeError, UsageError
-from ulae_rt.kernels import compose, resize_displacement, upsample_concat, warp, warp_compose
+from ulae_rt.kernels import compose, resize_displacement, warp, warp_compose
 from ulae_rt.model.blocks import (
     ConvBlock,
     MovingBlock,
@@ -136,9 +136,9 @@ class Decoder(nn.Module):
         x = self.dc0(fused[4])
         for level in range(1, step + 1):
             block = self.get_submodule(f"dc{level}")
-            x = block(upsample_concat(x, fused[4 - level]))
+            x = block(x, fused[4 - level])
         x = self.dc5(self.dc4(x))
-        return self.dc6(upsample_concat(x, pair))  # type: ignore[no-any-return]
+        return self.dc6(x, pair)  # type: ignore[no-any-return]
 
 
 class UlaeNet(nn.Module):
