@@ -138,7 +138,7 @@ def _export(config: ExportConfig, report: Report) -> dict[str, Any]:
                 f"{worst.disp_mean:.1e}), moved image within {worst.moved_max:.1e}"
             )
         else:
-            line += f": {item.not_run}"
+            line += f": {item.not_run.removeprefix(f'{item.path.name}: ')}"
         report(line)
         artefacts.append(
             {

@@ -30,7 +30,6 @@ from ulae_rt.export.proof import (
     prove,
 )
 from ulae_rt.export.tensorrt import build, missing
-from ulae_rt.model import load_model
 
 TINY = (16, 32, 16)
 RTX = {"kind": "tensorrt-rtx", "target": "sm89"}
@@ -131,18 +130,6 @@ def test_engine_of_a_batch_moves_as_much_more(protos, fp16_engine, batch):
     engine = build(proto.SerializeToString(), precision="fp16", **RTX)
     assert 0.6 * batch < engine.gigabytes / fp16_engine.gigabytes < 1.1 * batch
     assert engine.types["convolution float16"] == fp16_engine.types["convolution float16"]
-
-
-@pytest.mark.slow
-def test_full_size_engines_for_three_generations():
-    proto = onnx_from_model(load_model(), (160, 192, 160), precision="fp16")
-    content = proto.SerializeToString()
-    for target in ("sm80", "sm89", "sm120"):
-        engine = build(content, kind="tensorrt-rtx", precision="fp16", target=target)
-        assert engine.types["convolution float32"] == 2
-        assert engine.types["convolution float16"] > 70
-        assert len(engine.content) < 100e6
-        assert 1 < engine.gigabytes < 13
 
 
 def test_progress_rises_to_the_end(built):
