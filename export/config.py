@@ -26,23 +26,26 @@ class Tolerance(NamedTuple):
 
     Attributes:
         disp_mean, disp_p99, disp_max: length of the displacement's difference, voxels.
-        moved_max: difference of the moved images, intensities in [0, 1].
+        moved_mean, moved_max: difference of the moved images, intensities in [0, 1].
         sign_flips: voxels whose Jacobian determinant changes its sign, of a million.
     """
 
     disp_mean: float
     disp_p99: float
     disp_max: float
+    moved_mean: float
     moved_max: float
     sign_flips: float
 
 
-# Ten times and more what was measured with the shipped weights (bench/NOTES.md), and far below what
-# any mistake in the graph does to the canary.
+# fp32: 1e-3 voxel is what users are promised; torch's own float32 is 8.6e-4 off at 160x192x160,
+# ONNX Runtime's 2.2e-4. fp16 and bf16: several times what was measured with the shipped weights on
+# the sample pair and the canary (bench/NOTES.md). Noise changes by up to 1 a voxel, so that its
+# moved image is off by as much as its displacement. A wrong sampler is off by 0.2 in the mean.
 TOLERANCES = {
-    "fp32": Tolerance(1e-4, 3e-4, 1e-3, 1e-3, 100.0),
-    "fp16": Tolerance(5e-3, 0.02, 0.1, 0.02, 1000.0),
-    "bf16": Tolerance(0.05, 0.15, 0.5, 0.15, 5000.0),
+    "fp32": Tolerance(2e-4, 1e-3, 1e-3, 1e-4, 1e-3, 100.0),
+    "fp16": Tolerance(5e-3, 0.02, 0.1, 2e-3, 0.05, 1000.0),
+    "bf16": Tolerance(0.05, 0.15, 0.5, 0.05, 0.5, 5000.0),
 }
 
 

@@ -17,6 +17,7 @@ _MEANINGS = {
     "disp_mean": "mean displacement error, voxels",
     "disp_p99": "99th percentile of the displacement error, voxels",
     "disp_max": "largest displacement error, voxels",
+    "moved_mean": "mean error of the moved image",
     "moved_max": "largest error of the moved image",
     "sign_flips": "voxels in a million whose Jacobian determinant changed its sign",
 }
@@ -108,7 +109,7 @@ def _errors(
         values["sign_flips"] *= 1e6 / distance.size
         for name, allowed in tolerance._asdict().items():
             if not values[name] <= allowed:
-                where = _worst(difference if name == "moved_max" else distance, number, disp, truth)
+                where = _worst(difference if "moved" in name else distance, number, disp, truth)
                 raise EquivalenceError(
                     f"verification failed on {case.name}: {_MEANINGS[name]}: {values[name]:.3g}, "
                     f"expected at most {allowed:g}; {where}",

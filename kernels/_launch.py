@@ -73,7 +73,12 @@ def arranged_for_cpu(*tensors: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return _tracing_for_cpu.get() or not torch.compiler.is_compiling()
+    return traces_for_cpu() or not torch.compiler.is_compiling()
+
+
+def traces_for_cpu() -> bool:
+    """Whether :func:`tracing_for_cpu` is in force."""
+    return _tracing_for_cpu.get()
 
 
 @contextmanager
