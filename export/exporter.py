@@ -22,6 +22,7 @@ from ulae_rt.export.graph import check_rewriting
 from ulae_rt.export.onnx import INPUTS, OPSET, OUTPUTS, onnx_from_model, with_heads_of
 from ulae_rt.export.plan import Item, plan
 from ulae_rt.export.report import REPORT, report_of
+from ulae_rt.export.serving import check_repository
 from ulae_rt.export.verify import verify
 from ulae_rt.manifest import (
     ANY_BATCH,
@@ -91,6 +92,9 @@ def export(config: ExportConfig, progress: Progress) -> list[Exported]:
     check_writable(
         [path for each in artefacts for path in (each, manifest_path(each))], config.overwrite
     )
+    if config.triton_repository is not None:
+        named = [(item.name, item.kind) for item in wanted]
+        check_repository(config.triton_repository, named, config.overwrite)
     progress("reading the weights")
     path = DEFAULT_WEIGHTS if config.weights is None else config.weights
     model = load_model(path)

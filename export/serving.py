@@ -58,18 +58,7 @@ def write_repository(
             _log.warning("%s is not in the model repository: %s", manifest.artefact, reason)
         else:
             served.append((path, manifest))
-    if not served:
-        raise UsageError(
-            f"none of the {len(artefacts)} artefacts is one that NVIDIA Triton Inference Server "
-            "can open",
-            "add --format onnx, or --format tensorrt on the server's GPU",
-        )
-    models = [folder / path.stem for path, _ in served]
-    for model in models:
-        if model.exists() and not overwrite:
-            raise OutputError(
-                f"{model}: is there already", "pass --overwrite, or another --triton-repository"
-            )
+    models = _places(folder, [path.name for path, _ in served], overwrite)
     beside = folder / f".{os.getpid()}.part"
     try:
         for path, manifest in served:
@@ -82,6 +71,37 @@ def write_repository(
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    return models
+
+
+def check_repository(folder: Path, artefacts: Sequence[tuple[str, str]], overwrite: bool) -> None:
+    """What :func:`write_repository` would refuse, before the artefacts are there.
+
+    Args:
+        folder: the repository.
+        artefacts: file name and kind of each that will be made.
+        overwrite: replace models of the same names.
+
+    Raises:
+        UsageError: if the server can open none of them.
+        OutputError: if a model is there already.
+    """
+    _places(folder, [name for name, kind in artefacts if kind in _PLATFORMS], overwrite)
+
+
+def _places(folder: Path, served: Sequence[str], overwrite: bool) -> list[Path]:
+    """The models' folders, free to be written."""
+    if not served:
+        raise UsageError(
+            "none of the artefacts is one that NVIDIA Triton Inference Server can open",
+            "add --format onnx, or --format tensorrt on the server's GPU",
+        )
+    models = [folder / Path(name).stem for name in served]
+    for model in models:
+        if model.exists() and not overwrite:
+            raise OutputError(
+                f"{model}: is there already", "pass --overwrite, or another --triton-repository"
+            )
     return models
 
 

@@ -293,6 +293,29 @@ def test_bad_weights_are_one_error_and_one_hint(name, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_a_model_repository_is_checked_before_any_work(tmp_path, capsys):
+    command = ["--weights", str(tmp_path / "missing.safetensors"), "--out", str(tmp_path / "out")]
+    models = tmp_path / "models"
+    command += ["--triton-repository", str(models)]
+    assert run_command("export", [*command, "--format", "pt2", "--target", "cpu"]) == 2
+    assert "none of the artefacts" in errors(capsys)[0]
+    (models / "ulae-net-fp32").mkdir(parents=True)
+    assert run_command("export", [*command, *FP32]) == 1
+    assert "ulae-net-fp32: is there already" in errors(capsys)[0]
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_model_repository_is_written_too(tmp_path, capsys):
+    weights = small_weights(tmp_path / "w.safetensors")
+    command = ["--weights", str(weights), "--out", str(tmp_path / "out"), *FP32]
+    models = tmp_path / "models"
+    assert run_command("export", [*command, "--triton-repository", str(models)]) == 0
+    assert "for NVIDIA Triton Inference Server" in capsys.readouterr().out
+    written = (models / "ulae-net-fp32" / "1" / "model.onnx").read_bytes()
+    assert written == (tmp_path / "out" / "ulae-net-fp32.onnx").read_bytes()
+    assert "onnxruntime_onnx" in (models / "ulae-net-fp32" / "config.pbtxt").read_text()
+
+
 def test_out_that_is_a_file_is_refused(tmp_path, capsys):
     weights = small_weights(tmp_path / "w.safetensors")
     command = ["--weights", str(weights), "--out", str(weights), *FP32]
