@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = network.add_mutually_exclusive_group()
     source.add_argument("--weights", type=Path, metavar="FILE", help="instead of those shipped")
     source.add_argument(
-        "--engine", type=Path, metavar="DIR", help="exported engine, needs no torch"
+        "--engine", type=Path, metavar="DIR", help="exported engine: a folder, or one file of it"
     )
     network.add_argument(
         "--affine", choices=AFFINE_MODES, default="affine",
