@@ -29,8 +29,6 @@ from ulae_rt.kernels import _launch
 from ulae_rt.model import UlaeNet
 from ulae_rt.model.blocks import ConvBlock, FoldedWeights, MovingBlock, as_features
 
-INPUTS = ("moving", "fixed")
-OUTPUTS = ("moved", "disp")
 _FEATURES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
