@@ -268,7 +268,7 @@ def build(
         dict(sorted(types.items())),
         census.nbytes / 1e9,
         census.device_bytes,
-        {kind: trt.__version__},
+        {library.module: trt.__version__},
     )
 
 

@@ -69,7 +69,9 @@ class Pt2Backend:
         import torch
 
         try:
-            with torch.inference_mode():
+            # Unless told otherwise, torch lets cuDNN round float32 convolutions to TF32.
+            exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+            with torch.inference_mode(), exact:
                 images = [torch.from_numpy(feeds[name]).to(self.device) for name in self.inputs]
                 found = self._program(*images)
                 arrays = [np.asarray(x.cpu()) for x in found]

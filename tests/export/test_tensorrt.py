@@ -17,7 +17,7 @@ import tensorrt_rtx
 
 from _support.nets import small_net
 from ulae_rt.engines.backends.tensorrt import library_logger
-from ulae_rt.engines.machine import Gpu
+from ulae_rt.engines.machine import TENSORRT_MODULES, Gpu
 from ulae_rt.errors import BackendUnavailable, ExportError, UsageError
 from ulae_rt.export import tensorrt
 from ulae_rt.export.onnx import onnx_from_model
@@ -89,7 +89,8 @@ def test_types_of_an_engine_are_counted(protos, built, precision):
     assert engine.types.get("convolution float32") == wide
     assert engine.types.get("convolution float16", 0) == convolutions - wide
     assert ("tensor float16" in engine.types) == (precision == "fp16")
-    assert engine.versions == {"tensorrt-rtx": tensorrt_rtx.__version__}
+    # Under the name that the runtime compares.
+    assert engine.versions == {TENSORRT_MODULES["tensorrt-rtx"]: tensorrt_rtx.__version__}
     assert 0 < engine.gigabytes < 1
     assert 0 < engine.device_bytes < 1e9
 
