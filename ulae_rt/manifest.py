@@ -87,7 +87,7 @@ class Measured:
         pair: which images.
         runtime: what ran the artefact, and on which kind of device.
         machine: name of the processor or GPU.
-        seconds: a run of one batch, the quickest of a few.
+        seconds: a run of one batch, or of one pair where any number is taken, at its quickest.
         disp_largest: length of the reference's largest displacement, voxels.
         disp_mean, disp_p99, disp_max: length of the difference of the displacements, voxels.
         moved_mean, moved_max: difference of the moved images, whose intensities lie in [0, 1].
