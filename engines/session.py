@@ -1,5 +1,6 @@
 """Running an engine: what is fed is checked, one run at a time, now or in the background."""
 
+import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -8,8 +9,10 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from ulae_rt.engines.backends.base import Array, Backend, failure
-from ulae_rt.errors import DtypeError, EngineMismatch, ShapeError, UsageError
+from ulae_rt.errors import DtypeError, EngineMismatch, OutOfMemory, ShapeError, UsageError
 from ulae_rt.manifest import ANY_BATCH, Manifest
+
+_log = logging.getLogger(__name__)
 
 # Pairs that an engine which takes any number is given at once. On a GPU more of them fill it; the
 # CPU is full with one, and a second would only take its memory again.
@@ -63,6 +66,8 @@ class Engine:
         self.metadata = metadata
         self.precision = precision
         self._backend = backend
+        open_batch = backend.inputs["moving"][0] == ANY_BATCH
+        self._at_once = AT_ONCE[self.device.partition(":")[0]] if open_batch else self.batch
         self._turn = threading.Lock()  # to use the backend
         self._closed = False
         self._change = threading.Lock()  # of the worker
@@ -90,8 +95,16 @@ class Engine:
         """What the number of pairs must be a multiple of."""
         return max(1, self._backend.inputs["moving"][0])
 
+    @property
+    def at_once(self) -> int:
+        """How many pairs it is best given, a multiple of `batch`; it takes any such number."""
+        return self._at_once
+
     def run(self, moving: Any, fixed: Any) -> EngineOutput:
         """Register ``moving`` to ``fixed``, part by part if they are more than it takes at once.
+
+        Where memory does not suffice for a part and the engine takes any number, halves of it are
+        tried, and from then on no part is larger.
 
         Args:
             moving: (B, 1, D, H, W) float32 in [0, 1], D, H, W those of `metadata`; an array, or
@@ -104,19 +117,25 @@ class Engine:
         Raises:
             ShapeError: for any other shape, or batches that differ or that it cannot be fed.
             DtypeError: for any other type, or a tensor on a GPU.
-            EngineMismatch: if the library fails, or memory does not suffice.
+            EngineMismatch: if the library fails; OutOfMemory: if memory does not suffice.
             UsageError: if it is closed.
         """
         images = {"moving": _array("moving", moving), "fixed": _array("fixed", fixed)}
-        step = self._check(images)
+        self._check(images)
         batch = len(images["moving"])
+        parts: list[dict[str, Array]] = []
+        start = 0
         try:
-            parts = [
-                self._execute(
-                    {n: np.ascontiguousarray(i[start : start + step]) for n, i in images.items()}
-                )
-                for start in range(0, batch, step)
-            ]
+            while start < batch:
+                stop = min(start + self._at_once, batch)
+                part = {n: np.ascontiguousarray(i[start:stop]) for n, i in images.items()}
+                try:
+                    parts.append(self._execute(part))
+                    start = stop
+                except OutOfMemory as error:
+                    if stop - start <= self.batch:
+                        raise
+                    self._halve(stop - start, error)
             if len(parts) == 1:
                 return EngineOutput(parts[0]["moved"], parts[0]["disp"])
             return EngineOutput(
@@ -185,8 +204,11 @@ class Engine:
                 raise _closed()
             return self._backend.run(feeds)
 
-    def _check(self, images: dict[str, Array]) -> int:
-        """How many pairs to give at once."""
+    def _halve(self, tried: int, error: OutOfMemory) -> None:
+        self._at_once = max(self.batch, tried // 2)
+        _log.warning("%s; from here on %d at once instead of %d", error, self._at_once, tried)
+
+    def _check(self, images: dict[str, Array]) -> None:
         for name, image in images.items():
             batch, *sizes = self._backend.inputs[name]
             if image.ndim != len(sizes) + 1 or list(image.shape[1:]) != sizes or not len(image):
@@ -212,9 +234,6 @@ class Engine:
                 "this engine was built for",
                 "fill up with pairs that are there already, or export with --batch 1",
             )
-        if self._backend.inputs["moving"][0] == ANY_BATCH:
-            return AT_ONCE[self.device.partition(":")[0]]
-        return self.batch
 
 
 class ExportedEngine(Engine):

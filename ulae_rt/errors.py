@@ -64,3 +64,7 @@ class EquivalenceError(ExportError):
 
 class EngineMismatch(UlaeError, RuntimeError):
     """An engine that does not fit its manifest, the inputs or this machine."""
+
+
+class OutOfMemory(EngineMismatch):
+    """A network that the memory of its device does not suffice for."""

@@ -15,14 +15,9 @@ from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
 from ulae_rt.errors import EngineMismatch, UsageError
 from ulae_rt.imaging.affine import AFFINE_MODES
 from ulae_rt.imaging.warpfile import WARP_FORMATS
-from ulae_rt.registrar import (
-    BACKENDS,
-    SIMILARITY,
-    Clock,
-    Registrar,
-    as_volume,
-    output_files,
-)
+from ulae_rt.network import BACKENDS
+from ulae_rt.registrar import Clock, Registrar, as_volume
+from ulae_rt.result import SIMILARITY, output_files
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report

@@ -3,24 +3,16 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.engines import BACKENDS as ENGINE_BACKENDS
-from ulae_rt.engines import Engine, EngineOutput, load_engine
-from ulae_rt.engines.backends.base import failure
-from ulae_rt.engines.folder import PRECISIONS
-from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
-from ulae_rt.engines.session import Metadata
-from ulae_rt.errors import CheckpointError, EngineMismatch, UlaeError, UsageError
+from ulae_rt.errors import CheckpointError, EngineMismatch, UsageError
 from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode, register_affine
 from ulae_rt.imaging.grid import (
     Affine,
@@ -36,281 +28,67 @@ from ulae_rt.imaging.grid import (
 )
 from ulae_rt.imaging.nifti import (
     Kind,
-    Outputs,
     PathLike,
     Volume,
     image_on_grid,
     read_volume,
-    save_image,
     volume_from_array,
     volume_from_image,
 )
 from ulae_rt.imaging.similarity import correlation
-from ulae_rt.imaging.transform import (
-    Deformation,
-    folding,
-    jacobian_determinant,
-    warp_image,
-)
-from ulae_rt.imaging.warpfile import Warp, WarpFormat, warp_to_image
-from ulae_rt.manifest import ANY_BATCH
-from ulae_rt.optional import require
-
-if TYPE_CHECKING:
-    from ulae_rt.model import UlaeNet
+from ulae_rt.imaging.transform import Deformation, folding, jacobian_determinant, warp_image
+from ulae_rt.imaging.warpfile import Warp
+from ulae_rt.network import Network, load_network
+from ulae_rt.result import Result, Stats
 
 logger = logging.getLogger(__name__)
 
 Scan = PathLike | Volume | nib.Nifti1Image | tuple[NDArray[Any], NDArray[Any]]
 
-BACKENDS = ("auto", "torch", *ENGINE_BACKENDS[1:])
-SIMILARITY = "Pearson correlation inside the fixed brain"
 
-
-class Network(Protocol):
-    """A network behind one interface, whatever runs it; an `Engine` is one."""
-
-    @property
-    def metadata(self) -> Metadata:
-        """What it was made for."""
-
-    @property
-    def description(self) -> str:
-        """Backend, device and precision, for people."""
-
-    @property
-    def batch(self) -> int:
-        """What the number of pairs must be a multiple of."""
-
-    def run(self, moving: Any, fixed: Any) -> EngineOutput:
-        """Register (B, 1, D, H, W) float32 each in [0, 1]."""
-
-
-class TorchBackend:
-    """Weights run by torch, with the methods that the backends of exported engines have.
-
-    Args:
-        model: in eval mode, in its precision and on its device.
-        device: that device.
-    """
-
-    name = "torch"
-
-    def __init__(self, model: "UlaeNet", device: str) -> None:
-        self.device = device
-        self._model: UlaeNet | None = model
-        image: tuple[int, ...] = (ANY_BATCH, 1, *model.metadata.shape)
-        disp: tuple[int, ...] = (ANY_BATCH, 3, *model.metadata.shape)
-        self.inputs = {"moving": image, "fixed": image}
-        self.outputs = {"moved": image, "disp": disp}
-
-    def run(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """Execute once; see `ulae_rt.engines.backends.base.Backend.run`."""
-        import torch
-
-        assert self._model is not None  # its engine sees to that
-        # torch lets cuDNN round float32 convolutions to TF32 unless told otherwise; a displacement
-        # of 20 voxels would be off by hundredths of one.
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        try:
-            with torch.inference_mode(), exact:
-                # torch warns of arrays that may not be written to.
-                arrays = [np.require(image, requirements="W") for image in feeds.values()]
-                images = [torch.from_numpy(array).to(self.device) for array in arrays]
-                out = self._model.predict(*images)
-                return {
-                    "moved": np.asarray(out.moved.float().cpu().numpy()),
-                    "disp": np.asarray(out.disp.float().cpu().numpy()),
-                }
-        except RuntimeError as error:  # torch has no narrower one for memory of the CPU
-            if isinstance(error, UlaeError):
-                raise
-            raise failure(f"running the weights on {self.device}", error) from error
-
-    def close(self) -> None:
-        """Free the weights."""
-        self._model = None
-
-
-def _open_weights(path: Path | None, device: str, precision: str) -> Engine:
-    # Here, not above: `register --engine` runs without torch.
-    torch = require("torch", "torch")
-    require("safetensors", "torch")
-    from ulae_rt.model import load_model
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = "fp32" if precision == "auto" else precision  # what the weights are
-    model = load_model(path, device=device, precision=precision)
-    return Engine(TorchBackend(model, device), model.metadata, precision)
-
-
-def load_network(
-    path: PathLike | None = None,
-    *,
-    device: str = "auto",
-    backend: str = "auto",
-    precision: str = "fp32",
-) -> Engine:
-    """Open weights (run by torch) or an engine (a folder, ``.onnx``, ``.engine``, ``.pt2``).
-
-    Args:
-        path: a weights file, an engine's folder or file, or None for the weights that the package
-            ships.
-        device: ``auto``, ``cpu`` or ``cuda[:N]``.
-        backend: what runs it; ``auto`` decides by the file, and in a folder for the fastest.
-        precision: of the network's features; of an engine's folder, which one. ``auto`` is fp32
-            for weights and whichever is the fastest for a folder.
-
-    Raises:
-        UsageError: an unknown backend or precision, or a backend that does not fit the file.
-        CheckpointError, BackendUnavailable, EngineMismatch: as the file's own loader says.
-    """
-    for name, value, choices in (
-        ("backend", backend, BACKENDS),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in choices:
-            raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}", "see -h")
-    path = None if path is None else Path(path)
-    if path is not None and (path.is_dir() or path.suffix in ENGINE_SUFFIXES):
-        if backend == "torch":
-            raise UsageError(f"{path} is an engine, which torch does not run", "give --weights")
-        return load_engine(path, device=device, backend=backend, precision=precision)
-    if backend not in ("auto", "torch"):
-        raise UsageError(
-            f"backend {backend} needs an engine, not weights",
-            "make one with 'ulae-rt export' and give its folder: --engine DIR",
-        )
-    return _open_weights(path, device, precision)
-
-
-@dataclass
-class Stats:
-    """What a registration achieved and what it took.
+@dataclass(frozen=True)
+class Target:
+    """A fixed scan, read and on the network's grid: made once for any number of moving scans.
 
     Attributes:
-        similarity_before: `SIMILARITY` of fixed and moving through the affine only, -1 to 1.
-        similarity_after: the same of fixed and moved.
-        folding_percent: voxels of the fixed brain with a Jacobian determinant of 0 or less.
-        folding_image_percent: the same of all voxels of the fixed image.
-        seconds: wall-clock time of each stage.
+        volume: as it was read.
+        brain: (X, Y, Z) bool, its voxels above the background.
+        cleaned: as `with_background` gives it.
+        grid: the working grid, at 1 mm; the network's is pooled from it.
+        image: (D, H, W) float32 in [0, 1], what the network sees.
     """
 
-    similarity_before: float
-    similarity_after: float
-    folding_percent: float
-    folding_image_percent: float
-    seconds: dict[str, float] = field(default_factory=dict)
+    volume: Volume
+    cleaned: Volume
+    grid: Grid
+    image: NDArray[np.float32]
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "similarity": SIMILARITY}
+    @property
+    def brain(self) -> NDArray[np.bool_]:
+        """(X, Y, Z), where the brain is."""
+        return np.asarray(self.cleaned.data > 0)
 
 
-@dataclass
-class Result:
-    """One registered pair; everything lies on the fixed image's own grid.
+@dataclass(frozen=True)
+class Prepared:
+    """A pair that waits for the network.
 
     Attributes:
-        moved: the moving image in the fixed image's space, float32.
-        warp: the whole displacement, affine included; `Warp.save` writes it.
-        jacobian: (X, Y, Z) float32, determinant of the warp's derivative.
+        moving: as it was read.
+        target: the fixed scan.
+        labels: the moving label map, or None.
         affine: (4, 4), fixed RAS mm to moving RAS mm.
-        stats: similarity, folding and seconds.
-        moved_labels: the moving label map in the fixed image's space, its type kept.
-        before: (X, Y, Z) float32, moving through the affine only.
-        deformation: the network's displacement on its own grid, and the affine.
-        fixed: the fixed image.
+        image: (D, H, W) float32 in [0, 1], the moving scan through the affine, on the network's
+            grid.
+        seconds: what it took, stage by stage.
     """
 
-    moved: nib.Nifti1Image
-    warp: Warp
-    jacobian: NDArray[np.float32]
+    moving: Volume
+    target: Target
+    labels: Volume | None
     affine: Affine
-    stats: Stats
-    moved_labels: nib.Nifti1Image | None
-    before: NDArray[np.float32]
-    deformation: Deformation
-    fixed: Volume
-
-    def save(
-        self,
-        moved: PathLike | None = None,
-        warp: PathLike | None = None,
-        *,
-        moved_labels: PathLike | None = None,
-        jacobian: PathLike | None = None,
-        qc: PathLike | None = None,
-        caption: str = "",
-        warp_format: WarpFormat = "itk",
-        overwrite: bool = False,
-        inputs: Sequence[PathLike] = (),
-    ) -> list[Path]:
-        """Write what has a path: all of it, or on any error and on Ctrl-C none of it.
-
-        Args:
-            moved: ``.nii`` or ``.nii.gz``, as the next three.
-            warp: in the form that ``warp_format`` names.
-            moved_labels: needs labels given to the registrar.
-            jacobian: determinant of the warp's derivative.
-            qc: ``.png``, the picture of `ulae_rt.imaging.qc`.
-            caption: the picture's.
-            warp_format: see `ulae_rt.imaging.warpfile.warp_to_image`.
-            overwrite: replace files that exist.
-            inputs: files that must not be written to.
-
-        Raises:
-            UsageError, OutputError: see `ulae_rt.imaging.nifti.check_output`.
-        """
-        if moved_labels is not None and self.moved_labels is None:
-            raise UsageError("there are no moved labels", "give labels to the registrar")
-        # The warp takes longest to pack, so it goes first.
-        images: list[tuple[PathLike | None, Callable[[], Any]]] = [
-            (warp, lambda: warp_to_image(self.warp.disp, self.fixed, warp_format)),
-            (moved, lambda: self.moved),
-            (jacobian, lambda: image_on_grid(self.jacobian, self.fixed)),
-            (moved_labels, lambda: self.moved_labels),
-        ]
-        wanted = [(Path(path), make) for path, make in images if path is not None]
-        pictures = [] if qc is None else [Path(qc)]
-        paths = [path for path, _ in wanted] + pictures
-        with output_files(paths, overwrite, inputs) as outputs:
-            with ThreadPoolExecutor(WRITERS) as pool:
-                jobs = [pool.submit(_write, make, outputs.temporary(path)) for path, make in wanted]
-                for path in pictures:
-                    self._draw(outputs.temporary(path), caption)
-                for job in jobs:
-                    job.result()
-            return outputs.commit()
-
-    def _draw(self, path: Path, caption: str) -> None:
-        from ulae_rt.imaging.qc import qc_figure  # matplotlib takes half a second to import
-
-        qc_figure(
-            path,
-            fixed=self.fixed.data,
-            before=self.before,
-            after=np.asanyarray(self.moved.dataobj),
-            disp=self.deformation.network_part(grid_of(self.fixed)),
-            jacobian=self.jacobian,
-            affine=self.fixed.affine,
-            caption=caption,
-        )
-
-
-# Packing releases the interpreter; more threads than files that matter would only hold memory.
-WRITERS = 2
-
-
-def _write(make: Callable[[], nib.Nifti1Image], path: Path) -> None:
-    save_image(make(), path)
-
-
-def output_files(paths: Sequence[PathLike], overwrite: bool, inputs: Sequence[PathLike]) -> Outputs:
-    """Check the outputs of a registration; pictures end in .png, the rest in .nii or .nii.gz."""
-    pictures = {Path(path): (".png",) for path in paths if Path(path).suffix.lower() == ".png"}
-    return Outputs(paths, overwrite=overwrite, inputs=inputs, suffixes=pictures)
+    image: NDArray[np.float32]
+    seconds: dict[str, float]
 
 
 class Registrar:
@@ -358,12 +136,15 @@ class Registrar:
     def __call__(
         self,
         moving: Scan,
-        fixed: Scan,
+        fixed: Scan | Target,
         *,
         labels: Scan | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> Result:
-        """Register ``moving`` to ``fixed``.
+        """Register ``moving`` to ``fixed``: `prepare`, `deform` and `finish` one after the other.
+
+        Any thread may call it. What works on many pairs calls the three itself, so that the
+        network runs while other pairs are read and written.
 
         Args:
             moving: a path, a nibabel image, or (array (X, Y, Z), affine (4, 4) to RAS mm).
@@ -375,101 +156,166 @@ class Registrar:
             ImageError, GeometryError: a scan that cannot be used; see `read_volume`.
             EngineMismatch: the network returned NaN or another grid.
         """
+        pair = self.prepare(moving, fixed, labels=labels, progress=progress)
+        clock = Clock(progress, pair.seconds)
+        with clock("network"):
+            deformation = self.deform([pair])[0]
+        return finish(pair, deformation, progress=progress)
+
+    @property
+    def at_once(self) -> int:
+        """Pairs that `deform` is best given together."""
+        return self.network.at_once
+
+    def target(self, fixed: Scan) -> Target:
+        """Read a fixed scan and bring it to the network's grid."""
+        volume = as_volume(fixed, "fixed")
+        cleaned = with_background(volume)
+        metadata = self.network.metadata
+        factor = self._factor()
+        d, h, w = (n * factor for n in metadata.shape)
+        grid, lost = working_grid(cleaned, (d, h, w))
+        warn_cut_off(lost, volume.name, grid)
+        image = network_input(cleaned, grid, None, metadata.normalisation)
+        return Target(volume, cleaned, grid, pool(image, factor))
+
+    def prepare(
+        self,
+        moving: Scan,
+        fixed: Scan | Target,
+        *,
+        labels: Scan | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Prepared:
+        """Read a pair, align it affinely and bring it to the network's grid.
+
+        Args:
+            moving: as for a call, as are the others.
+            fixed: a scan, or what `target` made of it.
+            labels: a label map in the moving image's space.
+            progress: called with the name of each stage as it starts.
+        """
         clock = Clock(progress)
         with clock("read"):
             moving_volume = as_volume(moving, "moving")
-            fixed_volume = as_volume(fixed, "fixed")
             label_volume = None if labels is None else as_volume(labels, "labels", "labels")
-            _warn_same(moving_volume, fixed_volume)
-        with clock("affine"):
-            moving_brain = with_background(moving_volume)
-            fixed_brain = with_background(fixed_volume)
-            affine = register_affine(moving_brain, fixed_brain, self.affine)
+            if not isinstance(fixed, Target):
+                fixed = as_volume(fixed, "fixed")
         with clock("preprocess"):
-            grid, moving_input, fixed_input = self._inputs(moving_brain, fixed_brain, affine)
-            brain = fixed_brain.data > 0
-            del moving_brain, fixed_brain
-        with clock("network"):
-            disp = self._displacement(moving_input, fixed_input, grid)
-            del moving_input, fixed_input
-        with clock("warp"):
-            target = grid_of(fixed_volume)
-            deformation = Deformation(disp, grid, affine)
-            total = deformation.sample(target)
-            moved = warp_image(moving_volume, total, target)
-            moved_labels = None
-            if label_volume is not None:
-                carried = warp_image(label_volume, total, target, "nearest")
-                moved_labels = image_on_grid(carried, fixed_volume)
-            jacobian = jacobian_determinant(total, fixed_volume.affine)
-            before = resample(moving_volume, target, affine)
-            fixed_values = fixed_volume.data[brain]
-            folds = folding(jacobian, brain)
-            stats = Stats(
-                correlation(fixed_values, before[brain]),
-                correlation(fixed_values, moved[brain]),
-                folds.brain_percent,
-                folds.image_percent,
-            )
-        stats.seconds = clock.seconds
-        return Result(
-            image_on_grid(moved, fixed_volume),
-            Warp(total, fixed_volume),
-            jacobian,
-            affine,
-            stats,
-            moved_labels,
-            before,
-            deformation,
-            fixed_volume,
-        )
+            target = fixed if isinstance(fixed, Target) else self.target(fixed)
+            _warn_same(moving_volume, target.volume)
+            cleaned = with_background(moving_volume)
+        with clock("affine"):
+            affine = register_affine(cleaned, target.cleaned, self.affine)
+        with clock("preprocess"):
+            lost = cut_off(cleaned, target.grid, np.asarray(np.linalg.inv(affine)))
+            warn_cut_off(lost, moving_volume.name, target.grid)
+            normalisation = self.network.metadata.normalisation
+            image = network_input(cleaned, target.grid, affine, normalisation)
+            image = pool(image, self._factor())
+        return Prepared(moving_volume, target, label_volume, affine, image, clock.seconds)
 
-    def _inputs(
-        self, moving: Volume, fixed: Volume, affine: Affine
-    ) -> tuple[Grid, NDArray[np.float32], NDArray[np.float32]]:
-        """The network's grid and its two inputs, made as `prepare` and training make theirs."""
-        metadata = self.network.metadata
-        factor = round(metadata.spacing_mm)
-        if factor < 1 or abs(factor - metadata.spacing_mm) > 1e-6:
+    def deform(self, pairs: Sequence[Prepared]) -> list[Deformation]:
+        """Run the network on prepared pairs, all at once.
+
+        Raises:
+            EngineMismatch: the network returned another grid, or failed.
+        """
+        # An engine made for more pairs at once gets the last as often as it takes.
+        fill = -len(pairs) % self.network.batch
+        filled = [*pairs, *[pairs[-1]] * fill]
+        moving = np.stack([pair.image[None] for pair in filled])
+        fixed = np.stack([pair.target.image[None] for pair in filled])
+        disp = self.network.run(moving, fixed).disp
+        grids = [pair.target.grid.pooled(self._factor()) for pair in pairs]
+        for grid in grids:
+            if disp.shape[1:] != (3, *grid.shape):
+                raise EngineMismatch(
+                    f"the network returned a displacement of {disp.shape[1:]}, expected "
+                    f"{(3, *grid.shape)}",
+                    "export the engine again from its weights",
+                )
+        return [
+            Deformation(np.ascontiguousarray(each), grid, pair.affine)
+            for each, grid, pair in zip(disp, grids, pairs, strict=False)
+        ]
+
+    def _factor(self) -> int:
+        """Working grid's voxels along an edge of the network's."""
+        spacing = self.network.metadata.spacing_mm
+        factor = round(spacing)
+        if factor < 1 or abs(factor - spacing) > 1e-6:
             raise CheckpointError(
-                f"the network's grid has {metadata.spacing_mm} mm, expected 1, 2 or another "
-                "whole number",
+                f"the network's grid has {spacing} mm, expected 1, 2 or another whole number",
                 "train or export it again at 1 or 2 mm",
             )
-        d, h, w = (n * factor for n in metadata.shape)
-        grid, lost = working_grid(fixed, (d, h, w))
-        warn_cut_off(lost, fixed.name, grid)
-        lost = cut_off(moving, grid, np.asarray(np.linalg.inv(affine)))
-        warn_cut_off(lost, moving.name, grid)
-        fixed_input = pool(network_input(fixed, grid, None, metadata.normalisation), factor)
-        moving_input = pool(network_input(moving, grid, affine, metadata.normalisation), factor)
-        return grid.pooled(factor), moving_input, fixed_input
+        return factor
 
-    def _displacement(
-        self, moving: NDArray[np.float32], fixed: NDArray[np.float32], grid: Grid
-    ) -> NDArray[np.float32]:
-        # An engine made for more pairs at once gets the one as often as it wants.
-        size = self.network.batch
-        images = [np.repeat(x[None, None], size, axis=0) for x in (moving, fixed)]
-        disp: NDArray[np.float32] = self.network.run(*images).disp[0]
-        if disp.shape != (3, *grid.shape):
-            raise EngineMismatch(
-                f"the network returned a displacement of {disp.shape}, expected {(3, *grid.shape)}",
-                "export the engine again from its weights",
-            )
-        if not np.isfinite(disp).all():
-            raise EngineMismatch(
-                f"the network returned NaN or Inf ({self.network.description})",
-                "use --precision fp32; if that is what ran, the weights are damaged",
-            )
-        return disp
+
+def finish(
+    pair: Prepared,
+    deformation: Deformation,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> Result:
+    """Carry the moving scan and its labels onto the fixed grid, and measure.
+
+    Args:
+        pair: what `deformation` was found for.
+        deformation: of the pair.
+        progress: called with the name of the stage as it starts.
+
+    Raises:
+        EngineMismatch: the displacement has NaN or Inf.
+    """
+    if not np.isfinite(deformation.disp).all():
+        raise EngineMismatch(
+            "the network returned NaN or Inf",
+            "use --precision fp32; if that is what ran, the weights are damaged",
+        )
+    clock = Clock(progress, pair.seconds)
+    with clock("warp"):
+        fixed, brain = pair.target.volume, pair.target.brain
+        target = grid_of(fixed)
+        total = deformation.sample(target)
+        moved = warp_image(pair.moving, total, target)
+        moved_labels = None
+        if pair.labels is not None:
+            carried = warp_image(pair.labels, total, target, "nearest")
+            moved_labels = image_on_grid(carried, fixed)
+        jacobian = jacobian_determinant(total, fixed.affine)
+        before = resample(pair.moving, target, deformation.affine)
+        fixed_values = fixed.data[brain]
+        folds = folding(jacobian, brain)
+        stats = Stats(
+            correlation(fixed_values, before[brain]),
+            correlation(fixed_values, moved[brain]),
+            folds.brain_percent,
+            folds.image_percent,
+        )
+    stats.seconds = clock.seconds
+    return Result(
+        image_on_grid(moved, fixed),
+        Warp(total, fixed),
+        jacobian,
+        deformation.affine,
+        stats,
+        moved_labels,
+        before,
+        deformation,
+        fixed,
+    )
 
 
 class Clock:
     """Seconds by stage."""
 
-    def __init__(self, progress: Callable[[str], None] | None = None) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(
+        self,
+        progress: Callable[[str], None] | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> None:
+        self.seconds = {} if seconds is None else dict(seconds)
         self._progress = progress
 
     @contextmanager

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.errors import EngineMismatch
+from ulae_rt.errors import EngineMismatch, OutOfMemory
 
 Array = NDArray[np.float32]
 
@@ -36,7 +36,8 @@ class Backend(Protocol):
             Name to array, which the backend does not touch again.
 
         Raises:
-            EngineMismatch: if the library fails or memory does not suffice; see `failure`.
+            EngineMismatch: if the library fails; OutOfMemory: if memory does not suffice; see
+                `failure`.
         """
         ...
 
@@ -46,7 +47,7 @@ class Backend(Protocol):
 
 
 def failure(what: str, error: object) -> EngineMismatch:
-    """The error for a library that failed: no memory, or something only its own words tell.
+    """The error for a library that failed: `OutOfMemory`, or something only its own words tell.
 
     Args:
         what: was being done, e.g. ``"running net.onnx on cuda:0"``.
@@ -54,7 +55,7 @@ def failure(what: str, error: object) -> EngineMismatch:
     """
     said = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(words in said.lower() for words in _OUT_OF_MEMORY):
-        return EngineMismatch(
+        return OutOfMemory(
             f"out of memory {what}" + (f": {said}" if said else ""),
             "close other programs, give fewer pairs at once, or take an engine of fp16 or of a "
             "smaller batch; --device cpu where the GPU is full",

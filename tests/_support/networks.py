@@ -18,6 +18,7 @@ class FakeNetwork:
 
     description = "fake"
     batch = 1
+    at_once = 1
 
     def __init__(self, shift=(0.0, 0.0, 0.0), metadata=None, answer=None):
         self.metadata = metadata or FakeMetadata()
@@ -26,7 +27,8 @@ class FakeNetwork:
         self.seen: tuple[np.ndarray, np.ndarray] | None = None
 
     def run(self, moving: np.ndarray, fixed: np.ndarray) -> SimpleNamespace:
-        return SimpleNamespace(disp=self._displacement(moving[0, 0], fixed[0, 0])[None])
+        pairs = zip(moving[:, 0], fixed[:, 0], strict=True)
+        return SimpleNamespace(disp=np.stack([self._displacement(*pair) for pair in pairs]))
 
     def _displacement(self, moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
         assert moving.shape == fixed.shape == self.metadata.shape

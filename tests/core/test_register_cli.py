@@ -16,10 +16,12 @@ import ulae_rt
 from _support.brains import GEOMETRIES, centre_of, grid_affine, save_brain
 from _support.networks import FakeMetadata, FakeNetwork
 from ulae_rt import registrar as registrar_module
+from ulae_rt import result as result_module
 from ulae_rt.cli import main
 from ulae_rt.errors import CheckpointError, EngineMismatch, GeometryError, UsageError
 from ulae_rt.imaging import nifti
-from ulae_rt.registrar import Registrar, load_network
+from ulae_rt.network import load_network
+from ulae_rt.registrar import Registrar
 
 
 @pytest.fixture
@@ -232,14 +234,14 @@ def test_a_failure_in_the_network_leaves_nothing(pair, tmp_path, network, error)
 
 def test_a_failure_while_writing_leaves_nothing(pair, tmp_path, network, monkeypatch):
     before = names(tmp_path)
-    save = registrar_module.save_image
+    save = result_module.save_image
 
     def second_fails(image, path):
         save(image, path)
         if "moved" in str(path):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(registrar_module, "save_image", second_fails)
+    monkeypatch.setattr(result_module, "save_image", second_fails)
     assert register(pair, tmp_path, "-w", str(tmp_path / "w.nii.gz")) == 130
     assert names(tmp_path) == before
 
@@ -292,18 +294,18 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 from _support.networks import FakeNetwork
-from ulae_rt import cli, registrar
+from ulae_rt import cli, registrar, result
 registrar.load_network = lambda *_, **__: FakeNetwork()
 {body}
 sys.exit(cli.main(sys.argv[1:]))
 """
 SLOW = """
-save = registrar.save_image
+save = result.save_image
 def slow(image, path):
     save(image, path)
     print("half", flush=True)
     time.sleep(1)
-registrar.save_image = slow
+result.save_image = slow
 """
 
 

@@ -8,13 +8,14 @@ from _support.brains import GEOMETRIES, save_brain
 from _support.engines import SHAPE as TINY
 from _support.engines import write_engine
 from _support.nets import SHAPE, small_weights
-from ulae_rt import registrar as registrar_module
+from ulae_rt import network as network_module
 from ulae_rt.cli import main
 from ulae_rt.engines import Engine, load_engine
 from ulae_rt.errors import BackendUnavailable, DtypeError, EngineMismatch, ShapeError, UsageError
 from ulae_rt.manifest import EngineMetadata
 from ulae_rt.model import load_model
-from ulae_rt.registrar import Registrar, TorchBackend, load_network
+from ulae_rt.network import TorchBackend, load_network
+from ulae_rt.registrar import Registrar
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +121,29 @@ def test_convolutions_are_not_rounded_to_tf32(weights, monkeypatch):
     assert seen == [False]
 
 
-def test_an_engine_for_four_pairs_registers_one(tmp_path):
-    folder = write_engine(tmp_path / "engine", "ulae-net-fp32-b4", batch=4)
+@pytest.mark.parametrize("pairs", [1, 4, 5])
+def test_an_engine_for_four_pairs_registers_any_number(tmp_path, pairs):
+    coarse = EngineMetadata("paper", TINY, 40.0, "max", "none", "CC0")  # holds a whole brain
+    folder = write_engine(tmp_path / "engine", "ulae-net-fp32-b4", batch=4, metadata=coarse)
     registrar = Registrar(folder / "ulae-net-fp32-b4.onnx", affine="none")
-    assert registrar.network.batch == 4
-    moving = np.full(registrar.network.metadata.shape, 0.5, np.float32)
-    grid = type("Grid", (), {"shape": moving.shape})
-    np.testing.assert_array_equal(registrar._displacement(moving, moving, grid), 0)
+    assert (registrar.network.batch, registrar.at_once) == (4, 4)
+    scan = save_brain(tmp_path / "scan.nii.gz", *GEOMETRIES["LIA"])
+    prepared = registrar.prepare(scan, scan)
+    found = registrar.deform([prepared] * pairs)
+    assert len(found) == pairs
+    for deformation in found:
+        np.testing.assert_array_equal(deformation.disp, 0)
+        np.testing.assert_array_equal(deformation.affine, prepared.affine)
+
+
+def test_a_fixed_scan_made_ready_once_serves_every_moving_one(weights, tmp_path):
+    registrar = Registrar(weights, device="cpu", affine="none")
+    moving = save_brain(tmp_path / "moving.nii.gz", *GEOMETRIES["LIA"])
+    fixed = save_brain(tmp_path / "fixed.nii.gz", *GEOMETRIES["LAS"])
+    target = registrar.target(fixed)
+    once, again = (registrar(moving, each) for each in (target, fixed))
+    np.testing.assert_array_equal(once.warp.disp, again.warp.disp)
+    np.testing.assert_array_equal(np.asarray(once.moved.dataobj), np.asarray(again.moved.dataobj))
 
 
 def test_register_says_which_engine_ran(tmp_path, monkeypatch, capsys):
@@ -137,7 +154,7 @@ def test_register_says_which_engine_ran(tmp_path, monkeypatch, capsys):
         asked.update(options)
         return load_engine(path, **options)
 
-    monkeypatch.setattr(registrar_module, "load_engine", remember)
+    monkeypatch.setattr(network_module, "load_engine", remember)
     coarse = EngineMetadata("paper", TINY, 40.0, "max", "none", "CC0")  # holds a whole brain
     folder = write_engine(tmp_path / "engine", precision="fp16", metadata=coarse)
     out = str(tmp_path / "moved.nii.gz")

@@ -12,8 +12,9 @@ import torch
 
 from _support.engines import SHAPE, images, write_engine
 from ulae_rt.engines import Engine, load_engine
+from ulae_rt.engines.backends.base import failure
 from ulae_rt.engines.session import AT_ONCE, WAITING
-from ulae_rt.errors import DtypeError, EngineMismatch, ShapeError, UsageError
+from ulae_rt.errors import DtypeError, EngineMismatch, OutOfMemory, ShapeError, UsageError
 from ulae_rt.manifest import ANY_BATCH, EngineMetadata
 
 METADATA = EngineMetadata("paper", SHAPE, 1.0, "max", "none", "CC0")
@@ -217,6 +218,31 @@ def test_open_batch_is_split_where_memory_ends(device, parts):
     np.testing.assert_array_equal(out.moved, moving + fixed)
     assert [len(seen) for seen in backend.seen] == parts
     assert max(parts) == AT_ONCE[device[:4].rstrip(":")]
+
+
+def test_full_memory_halves_what_is_given_at_once(caplog):
+    backend = SlowBackend(batch=ANY_BATCH, seconds=0, device="cuda:0")
+    run, sizes = backend.run, []
+
+    def small(feeds):
+        sizes.append(len(feeds["moving"]))
+        if len(feeds["moving"]) > 2:
+            raise failure("running it", RuntimeError("CUDA out of memory. Tried to allocate"))
+        return run(feeds)
+
+    backend.run = small
+    engine = Engine(backend, METADATA, "fp16")
+    moving, fixed = images(10)
+    np.testing.assert_array_equal(engine.run(moving, fixed).moved, moving + fixed)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    assert engine.at_once == 2
+    assert [record.message.rpartition(";")[2] for record in caplog.records] == [
+        " from here on 4 at once instead of 8",
+        " from here on 2 at once instead of 4",
+    ]
+    backend.error = failure("running it", MemoryError())
+    with pytest.raises(OutOfMemory, match="out of memory running it"):  # one cannot be halved
+        engine.run(moving[:1], fixed[:1])
 
 
 def test_full_memory_is_one_error_with_a_remedy(engine, backend):

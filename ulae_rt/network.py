@@ -1,0 +1,146 @@
+"""The network behind one interface: weights that torch runs, or an exported engine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ulae_rt.engines import BACKENDS as ENGINE_BACKENDS
+from ulae_rt.engines import Engine, EngineOutput, load_engine
+from ulae_rt.engines.backends.base import failure
+from ulae_rt.engines.folder import PRECISIONS
+from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
+from ulae_rt.engines.session import Metadata
+from ulae_rt.errors import UlaeError, UsageError
+from ulae_rt.imaging.nifti import PathLike
+from ulae_rt.manifest import ANY_BATCH
+from ulae_rt.optional import require
+
+if TYPE_CHECKING:
+    from ulae_rt.model import UlaeNet
+
+BACKENDS = ("auto", "torch", *ENGINE_BACKENDS[1:])
+
+
+class Network(Protocol):
+    """A network behind one interface, whatever runs it; an `Engine` is one."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """What it was made for."""
+
+    @property
+    def description(self) -> str:
+        """Backend, device and precision, for people."""
+
+    @property
+    def batch(self) -> int:
+        """What the number of pairs must be a multiple of."""
+
+    @property
+    def at_once(self) -> int:
+        """How many pairs it is best given."""
+
+    def run(self, moving: Any, fixed: Any) -> EngineOutput:
+        """Register (B, 1, D, H, W) float32 each in [0, 1]."""
+
+
+class TorchBackend:
+    """Weights run by torch, with the methods that the backends of exported engines have.
+
+    Args:
+        model: in eval mode, in its precision and on its device.
+        device: that device.
+    """
+
+    name = "torch"
+
+    def __init__(self, model: "UlaeNet", device: str) -> None:
+        self.device = device
+        self._model: UlaeNet | None = model
+        image: tuple[int, ...] = (ANY_BATCH, 1, *model.metadata.shape)
+        disp: tuple[int, ...] = (ANY_BATCH, 3, *model.metadata.shape)
+        self.inputs = {"moving": image, "fixed": image}
+        self.outputs = {"moved": image, "disp": disp}
+
+    def run(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Execute once; see `ulae_rt.engines.backends.base.Backend.run`."""
+        import torch
+
+        assert self._model is not None  # its engine sees to that
+        # torch lets cuDNN round float32 convolutions to TF32 unless told otherwise; a displacement
+        # of 20 voxels would be off by hundredths of one.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        try:
+            with torch.inference_mode(), exact:
+                # torch warns of arrays that may not be written to.
+                arrays = [np.require(image, requirements="W") for image in feeds.values()]
+                images = [torch.from_numpy(array).to(self.device) for array in arrays]
+                out = self._model.predict(*images)
+                return {
+                    "moved": np.asarray(out.moved.float().cpu().numpy()),
+                    "disp": np.asarray(out.disp.float().cpu().numpy()),
+                }
+        except RuntimeError as error:  # torch has no narrower one for memory of the CPU
+            if isinstance(error, UlaeError):
+                raise
+            raise failure(f"running the weights on {self.device}", error) from error
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._model = None
+
+
+def _open_weights(path: Path | None, device: str, precision: str) -> Engine:
+    # Here, not above: `register --engine` runs without torch.
+    torch = require("torch", "torch")
+    require("safetensors", "torch")
+    from ulae_rt.model import load_model
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "fp32" if precision == "auto" else precision  # what the weights are
+    model = load_model(path, device=device, precision=precision)
+    return Engine(TorchBackend(model, device), model.metadata, precision)
+
+
+def load_network(
+    path: PathLike | None = None,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    precision: str = "fp32",
+) -> Engine:
+    """Open weights (run by torch) or an engine (a folder, ``.onnx``, ``.engine``, ``.pt2``).
+
+    Args:
+        path: a weights file, an engine's folder or file, or None for the weights that the package
+            ships.
+        device: ``auto``, ``cpu`` or ``cuda[:N]``.
+        backend: what runs it; ``auto`` decides by the file, and in a folder for the fastest.
+        precision: of the network's features; of an engine's folder, which one. ``auto`` is fp32
+            for weights and whichever is the fastest for a folder.
+
+    Raises:
+        UsageError: an unknown backend or precision, or a backend that does not fit the file.
+        CheckpointError, BackendUnavailable, EngineMismatch: as the file's own loader says.
+    """
+    for name, value, choices in (
+        ("backend", backend, BACKENDS),
+        ("precision", precision, PRECISIONS),
+    ):
+        if value not in choices:
+            raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}", "see -h")
+    path = None if path is None else Path(path)
+    if path is not None and (path.is_dir() or path.suffix in ENGINE_SUFFIXES):
+        if backend == "torch":
+            raise UsageError(f"{path} is an engine, which torch does not run", "give --weights")
+        return load_engine(path, device=device, backend=backend, precision=precision)
+    if backend not in ("auto", "torch"):
+        raise UsageError(
+            f"backend {backend} needs an engine, not weights",
+            "make one with 'ulae-rt export' and give its folder: --engine DIR",
+        )
+    return _open_weights(path, device, precision)
