@@ -60,11 +60,15 @@ class Engine:
         backend: what executes it. It belongs to the engine from now on.
         metadata: what the network was made for.
         precision: fp32, fp16 or bf16.
+        weights_sha256: of the file of weights that it was made from.
     """
 
-    def __init__(self, backend: Backend, metadata: Metadata, precision: str) -> None:
+    def __init__(
+        self, backend: Backend, metadata: Metadata, precision: str, weights_sha256: str = ""
+    ) -> None:
         self.metadata = metadata
         self.precision = precision
+        self.weights_sha256 = weights_sha256
         self._backend = backend
         open_batch = backend.inputs["moving"][0] == ANY_BATCH
         self._at_once = AT_ONCE[self.device.partition(":")[0]] if open_batch else self.batch
@@ -260,7 +264,7 @@ class ExportedEngine(Engine):
                     "manifest",
                     "export the weights again: python -m ulae_rt.export --weights FILE",
                 )
-        super().__init__(backend, manifest.metadata, manifest.precision)
+        super().__init__(backend, manifest.metadata, manifest.precision, manifest.weights_sha256)
         self.manifest = manifest
 
     @property

@@ -11,12 +11,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ulae_rt import __version__
-from ulae_rt.errors import UlaeError, UsageError
+from ulae_rt.errors import BatchError, UlaeError, UsageError
 
 # Name -> (module, one-line help). Modules load only when their command runs, so that `--help`
 # and `register --engine` never pay for torch or for the exporter.
 COMMANDS = {
     "register": ("ulae_rt.register", "register one pair of NIfTI files"),
+    "batch": ("ulae_rt.batch", "register every pair of a list"),
     "prepare": ("ulae_rt.prepare", "bring scans to the training grid of a template"),
     "train": ("ulae_rt.train", "train the network from a configuration file"),
     "export": ("ulae_rt.export.cli", "turn weights into verified inference engines"),
@@ -77,12 +78,15 @@ def _guarded(
     try:
         result = run(arguments, report)
     except UlaeError as error:
+        if isinstance(error, BatchError) and arguments.json:
+            print(json.dumps(error.result))
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         if error.hint:
             print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "interrupted; nothing half-written was left behind"
+        print(f"error: {said}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 1

@@ -1,5 +1,7 @@
 """Every error a caller can cause. Message: what, expected, got; hint: what to do."""
 
+from typing import Any
+
 
 class UlaeError(Exception):
     """A mistake of the caller's or a limit of the machine: shown as one line and a hint.
@@ -34,8 +36,29 @@ class GeometryError(ImageError):
     """An affine or a grid that cannot be used."""
 
 
+class PairsError(UlaeError, ValueError):
+    """A list of pairs, or the results of one, that cannot be used."""
+
+
+class BatchError(UlaeError, RuntimeError):
+    """Pairs of a batch that failed.
+
+    Args:
+        message, hint: as of every error.
+        result: what the command says of those that did not, as JSON.
+    """
+
+    def __init__(self, message: str, hint: str, result: dict[str, Any]) -> None:
+        super().__init__(message, hint)
+        self.result = result
+
+
 class OutputError(UlaeError, OSError):
     """An output path that cannot or must not be written."""
+
+
+class DiskFull(OutputError):
+    """No room for an output: nothing else can be written there either."""
 
 
 class CheckpointError(UlaeError, ValueError):

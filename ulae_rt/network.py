@@ -15,7 +15,7 @@ from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
 from ulae_rt.engines.session import Metadata
 from ulae_rt.errors import UlaeError, UsageError
 from ulae_rt.imaging.nifti import PathLike
-from ulae_rt.manifest import ANY_BATCH
+from ulae_rt.manifest import ANY_BATCH, sha256
 from ulae_rt.optional import require
 
 if TYPE_CHECKING:
@@ -34,6 +34,14 @@ class Network(Protocol):
     @property
     def description(self) -> str:
         """Backend, device and precision, for people."""
+
+    @property
+    def precision(self) -> str:
+        """fp32, fp16 or bf16."""
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the file of weights that it was made from."""
 
     @property
     def batch(self) -> int:
@@ -98,12 +106,14 @@ def _open_weights(path: Path | None, device: str, precision: str) -> Engine:
     torch = require("torch", "torch")
     require("safetensors", "torch")
     from ulae_rt.model import load_model
+    from ulae_rt.model.checkpoint import DEFAULT_WEIGHTS
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "fp32" if precision == "auto" else precision  # what the weights are
     model = load_model(path, device=device, precision=precision)
-    return Engine(TorchBackend(model, device), model.metadata, precision)
+    digest = sha256((DEFAULT_WEIGHTS if path is None else path).read_bytes())
+    return Engine(TorchBackend(model, device), model.metadata, precision, digest)
 
 
 def load_network(

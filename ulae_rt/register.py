@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ulae_rt.allocator import keep_freed_memory
-from ulae_rt.engines.folder import PRECISIONS
-from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
-from ulae_rt.errors import EngineMismatch, UsageError
-from ulae_rt.imaging.affine import AFFINE_MODES
+from ulae_rt.errors import UsageError
 from ulae_rt.imaging.warpfile import WARP_FORMATS
-from ulae_rt.network import BACKENDS
-from ulae_rt.registrar import Clock, Registrar, as_volume
+from ulae_rt.options import NetworkOptions
+from ulae_rt.registrar import Clock, as_volume
 from ulae_rt.result import SIMILARITY, output_files
 
 if TYPE_CHECKING:
@@ -42,24 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="itk: 5-D LPS mm for ITK, ANTs, Slicer; ras: 4-D RAS mm; voxel: 4-D (%(default)s)",
     )  # fmt: skip
     files.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    network = parser.add_argument_group("network")
-    source = network.add_mutually_exclusive_group()
-    source.add_argument("--weights", type=Path, metavar="FILE", help="instead of those shipped")
-    source.add_argument(
-        "--engine", type=Path, metavar="DIR", help="exported engine: a folder, or one file of it"
-    )
-    network.add_argument(
-        "--affine", choices=AFFINE_MODES, default="affine",
-        help="alignment before it: none trusts the headers, com moves the centre (%(default)s)",
-    )  # fmt: skip
-    network.add_argument("--backend", choices=BACKENDS, default="auto", help="(%(default)s)")
-    network.add_argument(
-        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="(%(default)s)"
-    )
-    network.add_argument(
-        "--precision", choices=PRECISIONS, default="auto",
-        help="auto: fp32 of weights, of an engine's folder the fastest (%(default)s)",
-    )  # fmt: skip
+    NetworkOptions.add_to(parser)
 
 
 def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
@@ -74,8 +54,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
             raise UsageError(f"{path} must end in .nii.gz or .nii", "rename the output")
     inputs = [p for p in (arguments.moving, arguments.fixed, arguments.labels) if p is not None]
     output_files(list(wanted.values()), arguments.overwrite, inputs)
-    _check_device(arguments.device)
-    _check_engine(arguments.engine)
+    network = NetworkOptions.of(arguments)
     keep_freed_memory()
 
     with _progress() as step:
@@ -86,13 +65,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
             fixed = as_volume(arguments.fixed, "fixed")
             labels = as_volume(arguments.labels, "labels", "labels") if arguments.labels else None
         with clock("load"):
-            registrar = Registrar(
-                arguments.engine or arguments.weights,
-                device=arguments.device,
-                backend=arguments.backend,
-                precision=arguments.precision,
-                affine=arguments.affine,
-            )
+            registrar = network.open()
         result = registrar(moving, fixed, labels=labels, progress=step)
         stats = result.stats
         before, after = stats.similarity_before, stats.similarity_after
@@ -130,21 +103,6 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         "affine_direction": "fixed RAS mm -> moving RAS mm",
         **stats.to_dict(),
     }
-
-
-def _check_engine(engine: Path | None) -> None:
-    # Here, because what load_network is given may be weights as well.
-    if engine is not None and not engine.is_dir() and engine.suffix not in ENGINE_SUFFIXES:
-        raise EngineMismatch(
-            f"{engine} is no engine: expected a folder, or a file {', '.join(ENGINE_SUFFIXES)}",
-            "make one with 'ulae-rt export' and give its folder; weights go to --weights",
-        )
-
-
-def _check_device(device: str) -> None:
-    name, _, index = device.partition(":")
-    if name not in ("auto", "cpu", "cuda") or (index and (name != "cuda" or not index.isdigit())):
-        raise UsageError(f"--device is {device!r}, expected auto, cpu or cuda[:N]", "see -h")
 
 
 @contextmanager

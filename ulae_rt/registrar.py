@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -48,20 +48,15 @@ Scan = PathLike | Volume | nib.Nifti1Image | tuple[NDArray[Any], NDArray[Any]]
 
 @dataclass(frozen=True)
 class Target:
-    """A fixed scan, read and on the network's grid: made once for any number of moving scans.
+    """A fixed scan that has been read: for any number of moving ones.
 
     Attributes:
         volume: as it was read.
-        brain: (X, Y, Z) bool, its voxels above the background.
         cleaned: as `with_background` gives it.
-        grid: the working grid, at 1 mm; the network's is pooled from it.
-        image: (D, H, W) float32 in [0, 1], what the network sees.
     """
 
     volume: Volume
     cleaned: Volume
-    grid: Grid
-    image: NDArray[np.float32]
 
     @property
     def brain(self) -> NDArray[np.bool_]:
@@ -71,15 +66,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pair that waits for the network.
+    """A pair that waits to be registered.
 
     Attributes:
         moving: as it was read.
         target: the fixed scan.
         labels: the moving label map, or None.
         affine: (4, 4), fixed RAS mm to moving RAS mm.
-        image: (D, H, W) float32 in [0, 1], the moving scan through the affine, on the network's
-            grid.
         seconds: what it took, stage by stage.
     """
 
@@ -87,8 +80,53 @@ class Prepared:
     target: Target
     labels: Volume | None
     affine: Affine
-    image: NDArray[np.float32]
     seconds: dict[str, float]
+
+
+PairT = TypeVar("PairT", bound=Prepared)
+
+
+TargetT = TypeVar("TargetT", bound=Target)
+
+
+class Method(Protocol[TargetT, PairT]):
+    """A way to register: what `Registrar` offers to those who work on many pairs.
+
+    The steps of one pair may be called from different threads, `deform` from one at a time.
+    """
+
+    @property
+    def description(self) -> str:
+        """What it is, for people."""
+
+    @property
+    def at_once(self) -> int:
+        """Pairs that `deform` is best given together."""
+
+    def target(self, fixed: Scan) -> TargetT:
+        """Read a fixed scan, for any number of moving ones."""
+
+    def prepare(self, moving: Scan, fixed: TargetT, *, labels: Scan | None = None) -> PairT:
+        """Read a pair and align it affinely."""
+
+    def deform(self, pairs: Sequence[PairT]) -> list[Deformation]:
+        """Find the deformation of each."""
+
+
+@dataclass(frozen=True)
+class _TargetOnGrid(Target):
+    """With the working grid at 1 mm, and what the network sees: (D, H, W) float32 in [0, 1]."""
+
+    grid: Grid
+    image: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _PreparedOnGrid(Prepared):
+    """With the moving scan, through the affine, as the network sees it."""
+
+    target: _TargetOnGrid
+    image: NDArray[np.float32]
 
 
 class Registrar:
@@ -136,7 +174,7 @@ class Registrar:
     def __call__(
         self,
         moving: Scan,
-        fixed: Scan | Target,
+        fixed: Scan | _TargetOnGrid,
         *,
         labels: Scan | None = None,
         progress: Callable[[str], None] | None = None,
@@ -167,7 +205,12 @@ class Registrar:
         """Pairs that `deform` is best given together."""
         return self.network.at_once
 
-    def target(self, fixed: Scan) -> Target:
+    @property
+    def description(self) -> str:
+        """The network's."""
+        return self.network.description
+
+    def target(self, fixed: Scan) -> _TargetOnGrid:
         """Read a fixed scan and bring it to the network's grid."""
         volume = as_volume(fixed, "fixed")
         cleaned = with_background(volume)
@@ -177,16 +220,16 @@ class Registrar:
         grid, lost = working_grid(cleaned, (d, h, w))
         warn_cut_off(lost, volume.name, grid)
         image = network_input(cleaned, grid, None, metadata.normalisation)
-        return Target(volume, cleaned, grid, pool(image, factor))
+        return _TargetOnGrid(volume, cleaned, grid, pool(image, factor))
 
     def prepare(
         self,
         moving: Scan,
-        fixed: Scan | Target,
+        fixed: Scan | _TargetOnGrid,
         *,
         labels: Scan | None = None,
         progress: Callable[[str], None] | None = None,
-    ) -> Prepared:
+    ) -> _PreparedOnGrid:
         """Read a pair, align it affinely and bring it to the network's grid.
 
         Args:
@@ -199,10 +242,10 @@ class Registrar:
         with clock("read"):
             moving_volume = as_volume(moving, "moving")
             label_volume = None if labels is None else as_volume(labels, "labels", "labels")
-            if not isinstance(fixed, Target):
+            if not isinstance(fixed, _TargetOnGrid):
                 fixed = as_volume(fixed, "fixed")
         with clock("preprocess"):
-            target = fixed if isinstance(fixed, Target) else self.target(fixed)
+            target = fixed if isinstance(fixed, _TargetOnGrid) else self.target(fixed)
             _warn_same(moving_volume, target.volume)
             cleaned = with_background(moving_volume)
         with clock("affine"):
@@ -213,9 +256,9 @@ class Registrar:
             normalisation = self.network.metadata.normalisation
             image = network_input(cleaned, target.grid, affine, normalisation)
             image = pool(image, self._factor())
-        return Prepared(moving_volume, target, label_volume, affine, image, clock.seconds)
+        return _PreparedOnGrid(moving_volume, target, label_volume, affine, clock.seconds, image)
 
-    def deform(self, pairs: Sequence[Prepared]) -> list[Deformation]:
+    def deform(self, pairs: Sequence[_PreparedOnGrid]) -> list[Deformation]:
         """Run the network on prepared pairs, all at once.
 
         Raises:

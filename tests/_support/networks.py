@@ -17,6 +17,8 @@ class FakeNetwork:
     """Shifts by ``shift`` voxels of its grid, or raises or returns what it is told to."""
 
     description = "fake"
+    precision = "fp32"
+    weights_sha256 = "0" * 64
     batch = 1
     at_once = 1
 

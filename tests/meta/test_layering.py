@@ -12,6 +12,8 @@ LAYERS = {
     "ulae_rt": "package",
     "ulae_rt.__main__": "commands",
     "ulae_rt.allocator": "leaves",
+    "ulae_rt.batch": "commands",
+    "ulae_rt.batching": "batching",
     "ulae_rt.cli": "commands",
     "ulae_rt.conventions": "leaves",
     "ulae_rt.doctor": "commands",
@@ -27,6 +29,7 @@ LAYERS = {
     "ulae_rt.model": "model",
     "ulae_rt.network": "runtime",
     "ulae_rt.optional": "leaves",
+    "ulae_rt.options": "commands",
     "ulae_rt.prepare": "commands",
     "ulae_rt.register": "commands",
     "ulae_rt.registrar": "runtime",
@@ -49,9 +52,10 @@ MAY_IMPORT = {
         "package", "leaves", "kernels", "model", "imaging", "engines", "export", "commands",
     },
     "runtime": {"package", "leaves", "kernels", "model", "imaging", "engines", "runtime"},
+    "batching": {"package", "leaves", "imaging", "runtime", "batching"},
     "commands": {
         "package", "leaves", "kernels", "model", "imaging", "engines", "runtime", "training",
-        "commands",
+        "batching", "commands",
     },
 }  # fmt: skip
 

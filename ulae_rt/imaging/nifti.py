@@ -1,5 +1,6 @@
 """NIfTI files in and out: everything that can be wrong with one is said before work starts."""
 
+import errno
 import gzip
 import logging
 import os
@@ -14,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.errors import GeometryError, ImageError, OutputError, UsageError
+from ulae_rt.errors import DiskFull, GeometryError, ImageError, OutputError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -350,7 +351,7 @@ def save_image(image: nib.Nifti1Image, path: PathLike) -> None:
     """Write a nibabel image; the same image gives the same bytes every time.
 
     Raises:
-        OutputError: the disk is full, the folder is gone or closed.
+        OutputError: the folder is gone or closed; DiskFull: what it says.
     """
     try:
         with open(path, "wb") as raw:
@@ -364,9 +365,16 @@ def save_image(image: nib.Nifti1Image, path: PathLike) -> None:
                 packed.compress = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
                 image.to_stream(packed)
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}", "check space and permissions"
-        ) from None
+        raise output_error(path, error) from None
+
+
+def output_error(path: PathLike, error: OSError) -> OutputError:
+    """The error for a path that could not be written: `DiskFull`, or what the system says."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"{path} cannot be written: the disk is full", "free some of it")
+    return OutputError(
+        f"{path} cannot be written: {error.strerror or error}", "check space and permissions"
+    )
 
 
 def check_output(path: PathLike, *, overwrite: bool, suffixes: Sequence[str] = SUFFIXES) -> None:

@@ -1,0 +1,179 @@
+"""The folder of a batch: what survives a kill, who may write, and what is refused."""
+
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ulae_rt.batching import results
+from ulae_rt.batching.pairs import Pair, Shard
+from ulae_rt.batching.results import ResultsFolder, Row, read_results
+from ulae_rt.errors import DiskFull, OutputError, PairsError
+
+SETTINGS = {"weights_sha256": "0", "affine": "none"}
+PAIRS = [Pair(name, Path(f"/scans/{name}"), Path("/scans/f")) for name in "abc"]
+
+
+def row_of(pair, status="done"):
+    return Row(pair.id, status, {name: str(path) for name, path in pair.paths().items()})
+
+
+def keep(folder, pair):
+    (folder.part(pair) / "moved.nii.gz").write_bytes(b"image")
+    folder.keep(row_of(pair))
+
+
+def fill(path, pairs=PAIRS, shard=None):
+    with ResultsFolder(path, shard, SETTINGS) as folder:
+        folder.begin(pairs, resume=False)
+        for pair in pairs:
+            keep(folder, pair)
+            folder.add(row_of(pair))
+    return folder
+
+
+def test_rows_come_back_as_they_were():
+    row = Row(
+        "a", "done", {"moving": "m"}, {"warp": "pairs/a/warp.nii.gz"}, {"read": 0.5}, 0.1, 0.9, 0.0,
+        0.2, [[1.0, 0, 0, 0]], ["cut <off>\n"], finished="2026", host="h",
+    )  # fmt: skip
+    assert Row.from_json(row.to_json()) == row
+    assert "\n" not in row.to_json()
+    for text in ("{}", "[]", "{", '{"id": "a", "status": "done", "inputs": {}, "more": 1}'):
+        with pytest.raises(ValueError, match=r"no row of results|Expecting"):
+            Row.from_json(text)
+
+
+def test_a_killed_run_is_gone_on_with(tmp_path):
+    with ResultsFolder(tmp_path, None, SETTINGS) as folder:
+        assert folder.begin(PAIRS, resume=False) == []
+        keep(folder, PAIRS[0])
+        folder.add(row_of(PAIRS[0]))
+        keep(folder, PAIRS[1])  # killed before its line
+        folder.add(replace(row_of(PAIRS[2], "failed"), error="no file"))
+        (folder.part(PAIRS[2]) / "moved.nii.gz").write_bytes(b"half")
+        part = folder.part(PAIRS[2]).parent
+        with open(folder.results, "a") as file:
+            file.write('{"id": "c", "sta')  # a line cut off
+    part.mkdir()  # a kill removes nothing
+    (part / "c").mkdir()
+    with ResultsFolder(tmp_path, None, SETTINGS) as folder:
+        assert not (part / "c").exists()
+        assert folder.begin(PAIRS, resume=True) == [row_of(PAIRS[0]), row_of(PAIRS[1])]
+        keep(folder, PAIRS[2])
+        folder.add(row_of(PAIRS[2]))
+    assert read_results(tmp_path) == [row_of(pair) for pair in PAIRS]
+    assert folder.results.read_text().count("\n") == 3
+    assert not part.exists()
+
+
+def test_results_are_not_overwritten(tmp_path):
+    fill(tmp_path)
+    with ResultsFolder(tmp_path, None, SETTINGS) as folder:
+        with pytest.raises(OutputError, match="holds results already, of the pair a among"):
+            folder.begin(PAIRS, resume=False)
+        with pytest.raises(OutputError, match="holds results already"):
+            folder.begin([Pair("new", Path("m"), Path("f"))], resume=False)
+    assert len(read_results(tmp_path)) == 3
+
+
+def test_another_pair_of_the_same_name_is_refused(tmp_path):
+    fill(tmp_path)
+    other = replace(PAIRS[1], fixed_labels=Path("/scans/labels"))
+    said = r"pair b is done in .* with another fixed_labels: none"
+    with (
+        ResultsFolder(tmp_path, None, SETTINGS) as folder,
+        pytest.raises(PairsError, match=said),
+    ):
+        folder.begin([PAIRS[0], other], resume=True)
+
+
+def test_settings_must_stay(tmp_path):
+    fill(tmp_path)
+    with pytest.raises(PairsError, match="was begun with affine none, now it is com"):
+        ResultsFolder(tmp_path, None, {**SETTINGS, "affine": "com"}).__enter__()
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(PairsError, match=r"run.json is damaged"):
+        ResultsFolder(tmp_path, None, SETTINGS).__enter__()
+    (tmp_path / "run.json").unlink()  # the lock was given back
+    with ResultsFolder(tmp_path, None, SETTINGS):
+        pass
+
+
+def test_a_second_run_is_refused_and_shards_are_not(tmp_path):
+    first, second = (ResultsFolder(tmp_path, Shard(i, 2), SETTINGS) for i in (1, 2))
+    with first, second:
+        with pytest.raises(OutputError, match="another run is writing"):
+            ResultsFolder(tmp_path, Shard(2, 2), SETTINGS).__enter__()
+        with pytest.raises(OutputError, match="another run is writing"):
+            ResultsFolder(tmp_path, None, SETTINGS).__enter__()
+        with pytest.raises(PairsError, match="was begun with shards 2, now it is 3"):
+            ResultsFolder(tmp_path, Shard(3, 3), SETTINGS).__enter__()
+    with ResultsFolder(tmp_path, None, SETTINGS), pytest.raises(OutputError, match="another run"):
+        ResultsFolder(tmp_path, Shard(1, 2), SETTINGS).__enter__()
+
+
+def _hold(path, held, release):
+    with ResultsFolder(path, None, SETTINGS):
+        held.set()
+        release.wait()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, held, release))
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(OutputError, match="another run is writing"):
+        ResultsFolder(tmp_path, None, SETTINGS).__enter__()
+    other.kill()
+    other.join()
+    with ResultsFolder(tmp_path, None, SETTINGS):
+        pass
+
+
+def test_shards_are_read_together_and_gone_on_with_as_one(tmp_path):
+    fill(tmp_path, PAIRS[::2], Shard(1, 2))
+    with ResultsFolder(tmp_path, Shard(2, 2), SETTINGS) as folder:
+        folder.begin(PAIRS[1:2], resume=False)
+        folder.add(row_of(PAIRS[1], "failed"))
+    names = {row.id: row.status for row in read_results(tmp_path)}
+    assert names == {"a": "done", "b": "failed", "c": "done"}
+    with ResultsFolder(tmp_path, None, SETTINGS) as folder:
+        assert [row.id for row in folder.begin(PAIRS, resume=True)] == ["a", "c"]
+        keep(folder, PAIRS[1])
+        folder.add(row_of(PAIRS[1]))
+    assert {row.status for row in read_results(tmp_path)} == {"done"}
+    assert len(read_results(tmp_path)) == 3
+
+
+def test_results_that_are_none(tmp_path):
+    with pytest.raises(PairsError, match="holds no results"):
+        read_results(tmp_path)
+    with pytest.raises(PairsError, match="holds no results"):
+        read_results(tmp_path / "results.jsonl")
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{row_of(PAIRS[0]).to_json()}\nnonsense\n{row_of(PAIRS[1]).to_json()}\n")
+    with pytest.raises(PairsError, match="line 2: is no row of results"):
+        read_results(path)
+    path.write_text(row_of(PAIRS[0]).to_json() + "\n" + row_of(PAIRS[1]).to_json()[:-9])
+    assert read_results(path) == [row_of(PAIRS[0])]
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    def full(_handle):
+        raise OSError(28, "No space left on device")
+
+    with ResultsFolder(tmp_path, None, SETTINGS) as folder:
+        folder.begin(PAIRS, resume=False)
+        monkeypatch.setattr(results.os, "fsync", full)
+        with pytest.raises(DiskFull, match="the disk is full"):
+            folder.add(row_of(PAIRS[0]))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        ResultsFolder(tmp_path / "file", None, SETTINGS).__enter__()

@@ -1,0 +1,332 @@
+"""The folder that a batch fills: one folder a pair, one line a pair, and who may write there."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from ulae_rt.batching.pairs import Pair, Shard
+from ulae_rt.errors import OutputError, PairsError
+from ulae_rt.imaging.nifti import output_error
+
+PAIRS = "pairs"
+PART = ".part"
+SETTINGS = "run.json"
+RESULT = "result.json"
+Status = Literal["done", "failed"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one pair: one line of ``results.jsonl``.
+
+    Attributes:
+        id: of the pair.
+        status: ``done``, or ``failed`` with an error.
+        inputs: its files by the list's columns.
+        outputs: what was written, by kind, relative to the folder.
+        seconds: by stage.
+        similarity_before, similarity_after: `ulae_rt.result.SIMILARITY`, through the affine alone
+            and in the end.
+        folding_percent, folding_image_percent: see `ulae_rt.result.Stats`.
+        affine: (4, 4), fixed RAS mm to moving RAS mm.
+        warnings: what was worth saying about its files.
+        error, hint: why it failed and what to do.
+        traceback: where, if it was no fault of the files'.
+        finished: UTC, ISO 8601.
+        host: the machine.
+    """
+
+    id: str
+    status: Status
+    inputs: dict[str, str]
+    outputs: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    similarity_before: float | None = None
+    similarity_after: float | None = None
+    folding_percent: float | None = None
+    folding_image_percent: float | None = None
+    affine: list[list[float]] | None = None
+    warnings: list[str] = field(default_factory=list)
+    error: str = ""
+    hint: str = ""
+    traceback: str = ""
+    finished: str = ""
+    host: str = ""
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        values = json.loads(text)
+        known = {each.name for each in fields(cls)}
+        if not isinstance(values, dict) or not {"id", "status", "inputs"} <= values.keys() <= known:
+            raise ValueError("no row of results")
+        return cls(**values)
+
+    @property
+    def pair(self) -> Pair:
+        """What was registered."""
+        return Pair.from_paths(self.id, self.inputs)
+
+
+class ResultsFolder:
+    """The output folder of one run, open for writing; one at a time.
+
+    Every pair is written to a hidden folder that is renamed once it is complete, with its row in
+    it, and then gets its line: a run that is killed loses what it had in hand and nothing else.
+
+    Use as a context manager, which holds the lock.
+
+    Args:
+        path: the folder; it is made.
+        shard: the part of the list that is registered; None: all of it.
+        settings: what its results depend on; a run that goes on must have the same.
+    """
+
+    def __init__(self, path: Path, shard: Shard | None, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._shard = shard
+        self._settings = {**settings, "shards": shard.count if shard else 1}
+        self._suffix = f"-{shard.index}-of-{shard.count}" if shard else ""
+        self._locks: list[int] = []
+
+    def __enter__(self) -> Self:
+        with _disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock("", shared=self._shard is not None)
+                if self._shard is not None:
+                    self._lock(self._suffix, shared=False)
+                self._agree()
+                (self.path / PAIRS).mkdir(exist_ok=True)
+                shutil.rmtree(self._part, ignore_errors=True)
+                self._part.mkdir()
+            except BaseException:
+                self._unlock()
+                raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self._part, ignore_errors=True)
+        self._unlock()
+
+    @property
+    def results(self) -> Path:
+        """The file with one line a pair."""
+        return self.path / f"results{self._suffix}.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The file with the figures of the whole."""
+        return self.path / f"summary{self._suffix}.json"
+
+    @property
+    def page(self) -> Path:
+        """The page for people."""
+        return self.path / f"summary{self._suffix}.html"
+
+    @property
+    def _part(self) -> Path:
+        return self.path / f"{PART}{self._suffix}"
+
+    def begin(self, pairs: Iterable[Pair], *, resume: bool) -> list[Row]:
+        """Which of ``pairs`` are done already.
+
+        The file of results is written anew with their lines: a line that was cut off is dropped,
+        as is that of a pair that failed and is tried again, and one that a killed run had not
+        written any more is added.
+
+        Raises:
+            OutputError: if there are results and ``resume`` is not said.
+            PairsError: if a pair is done from other files than the list names.
+        """
+        done = []
+        for pair in pairs:
+            row = self._finished(pair.id)
+            if row is None:
+                continue
+            if not resume:
+                raise OutputError(
+                    f"{self.path} holds results already, of the pair {pair.id} among others",
+                    "give --resume to do what is missing, or another folder",
+                )
+            if row.pair != pair:
+                changed = [n for n in {**row.inputs, **pair.paths()} if _differs(row, pair, n)]
+                raise PairsError(
+                    f"the pair {pair.id} is done in {self.path} with another {changed[0]}: "
+                    f"{row.inputs.get(changed[0], 'none')}",
+                    "give it another id in the list, or take another folder",
+                )
+            done.append(row)
+        if not resume and self.results.exists():
+            raise OutputError(
+                f"{self.path} holds results already",
+                "give --resume to do what is missing, or another folder",
+            )
+        self._write(self.results, "".join(f"{row.to_json()}\n" for row in done))
+        return done
+
+    def part(self, pair: Pair) -> Path:
+        """An empty folder to write a pair's files to."""
+        with _disk_errors(self.path):
+            folder = self._part / pair.id
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        return folder
+
+    def keep(self, row: Row) -> None:
+        """Put a finished pair's folder in its place, complete with its row."""
+        with _disk_errors(self.path):
+            part, place = self._part / row.id, self.path / PAIRS / row.id
+            (part / RESULT).write_text(row.to_json() + "\n")
+            if place.exists():  # of a run that lost it half-way through being removed by hand
+                shutil.rmtree(place)
+            part.rename(place)
+
+    def drop(self, pair: Pair) -> None:
+        """Remove what was written of a pair that failed."""
+        shutil.rmtree(self._part / pair.id, ignore_errors=True)
+
+    def add(self, row: Row) -> None:
+        """Write a pair's line, to the disk itself."""
+        with _disk_errors(self.results), open(self.results, "a", encoding="utf-8") as file:
+            file.write(row.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the figures of the whole."""
+        self._write(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def _finished(self, id_: str) -> Row | None:
+        try:
+            return Row.from_json((self.path / PAIRS / id_ / RESULT).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+
+    def _agree(self) -> None:
+        """The folder is of a run with these settings, or becomes so."""
+        path = self.path / SETTINGS
+        mine = json.dumps(self._settings, indent=2) + "\n"
+        hidden = self.path / f".{SETTINGS}.{os.getpid()}"
+        hidden.write_text(mine)
+        try:
+            os.link(hidden, path)  # does not replace, whichever shard comes first
+        except FileExistsError:
+            pass
+        finally:
+            hidden.unlink()
+        try:
+            there = json.loads(path.read_text())
+            names = [name for name in self._settings if there[name] != self._settings[name]]
+        except (ValueError, KeyError, TypeError):
+            raise PairsError(f"{path} is damaged", "remove the folder, or take another") from None
+        if self._shard is None:  # alone in the folder, whatever it was parted into
+            names = [name for name in names if name != "shards"]
+        if names:
+            raise PairsError(
+                f"{self.path} was begun with {names[0]} {there[names[0]]}, now it is "
+                f"{self._settings[names[0]]}",
+                "go on with what it was begun with, or take another folder",
+            )
+
+    def _write(self, path: Path, text: str) -> None:
+        hidden = path.with_name(f".{path.name}.part")
+        with _disk_errors(path):
+            hidden.write_text(text, encoding="utf-8")
+            os.replace(hidden, path)
+
+    def _lock(self, suffix: str, *, shared: bool) -> None:
+        """Held by the open file, so that it goes with the process however that ends."""
+        handle = os.open(self.path / f".lock{suffix}", os.O_RDWR | os.O_CREAT, 0o666)
+        self._locks.append(handle)
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another run is writing to {self.path}",
+                "wait for it, stop it, or take another folder",
+            ) from None
+
+    def _unlock(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Errors of the file system as the caller's."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+def _differs(row: Row, pair: Pair, name: str) -> bool:
+    path = pair.paths().get(name)
+    return row.inputs.get(name) != (None if path is None else str(path))
+
+
+_RESULTS = re.compile(r"results(-\d+-of-\d+)?\.jsonl")
+
+
+def read_results(path: Path) -> list[Row]:
+    """The rows of a batch: of a folder, all its shards together, or of one file of results.
+
+    A pair that is there more than once counts as it ended last; a last line that was cut off is
+    left out.
+
+    Raises:
+        PairsError: nothing there, or a line that is none of results.
+    """
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if _RESULTS.fullmatch(each.name))
+    else:
+        files = [path] if path.exists() else []
+    if not files:
+        raise PairsError(
+            f"{path} holds no results",
+            "give the folder that 'ulae-rt batch' wrote, or results.jsonl",
+        )
+    rows: dict[str, Row] = {}
+    for file in files:
+        for row in _rows(file):
+            if row.status == "done" or row.id not in rows:
+                rows[row.id] = row
+    return list(rows.values())
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                yield Row.from_json(line)
+        except (ValueError, TypeError) as error:
+            if number < len(lines):  # the last one has no end: it was being written
+                raise PairsError(
+                    f"{file}, line {number}: is no row of results: {error}",
+                    "give results.jsonl as 'ulae-rt batch' wrote it",
+                ) from None
