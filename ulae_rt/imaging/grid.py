@@ -31,6 +31,8 @@ CUT_OFF = 1e-3
 NO_OVERLAP = 0.9
 # Rounding in a header, in voxels.
 EPSILON = 1e-4
+# What two headers of one grid may differ by: a quaternion in single precision, 200 mm away.
+SAME_GRID_MM = 0.01
 MAX_POINTS = 16_000_000
 
 
@@ -52,6 +54,13 @@ class Grid:
 def grid_of(volume: Volume) -> Grid:
     """The grid a volume lies on."""
     return Grid(volume.shape, volume.affine)
+
+
+def gap_mm(grid: Grid, other: Grid) -> float:
+    """How far apart the corners of two grids of one shape lie; 0 within a header's rounding."""
+    corners = np.array(np.meshgrid(*([0, n - 1] for n in grid.shape), 1)).reshape(4, -1)
+    gap = float(np.linalg.norm((grid.affine - other.affine) @ corners, axis=0).max())
+    return gap if gap > SAME_GRID_MM else 0.0
 
 
 def with_background(volume: Volume) -> Volume:
