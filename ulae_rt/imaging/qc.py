@@ -1,11 +1,12 @@
 """One picture that shows whether a registration is good: three planes, before and after."""
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +24,8 @@ Array = NDArray[Any]
 PANEL = 290  # pixels of the longest in-plane extent
 GAP, SIDE, TOP, BOTTOM = 14, 34, 44, 84
 DPI = 100
+# Embedded in a page beside others, a picture has to be small and its letters still legible.
+JPEG_SCALE, JPEG_QUALITY = 0.72, 78
 
 BACKGROUND, PANEL_GROUND, TEXT, QUIET = "#101216", "#000000", "#e8eaed", "#9aa0a6"
 FOLD = "#ffe600"
@@ -61,48 +64,85 @@ TITLES = (
 )
 
 
+class Registered(TypedDict):
+    """What the picture shows; everything lies on the fixed image's grid.
+
+    Attributes:
+        fixed: (X, Y, Z), the fixed image.
+        before: (X, Y, Z), the moving image carried by the affine transform alone.
+        after: (X, Y, Z), the moving image carried by the whole transform.
+        disp: (X, Y, Z, 3), RAS millimetres, the network's part of the displacement, pull-back.
+        jacobian: (X, Y, Z), determinant of the whole transform; 0 and below is folded.
+        affine: (4, 4), voxel to RAS millimetres of the fixed grid.
+    """
+
+    fixed: Array
+    before: Array
+    after: Array
+    disp: Array
+    jacobian: Array
+    affine: Array
+
+
 def qc_figure(
-    path: str | os.PathLike[str],
-    *,
-    fixed: Array,
-    before: Array,
-    after: Array,
-    disp: Array,
-    jacobian: Array,
-    affine: Array,
-    caption: str,
+    path: str | os.PathLike[str], *, caption: str, **registered: Unpack[Registered]
 ) -> None:
     """Write the picture of one registration as a PNG file.
 
     Rows: sagittal, coronal and axial through the centre of the brain, left shown on the left.
     Columns: fixed, moving through the affine only, moved, checkerboards before and after, the
     deformed grid and the Jacobian determinant with folded voxels marked. Any orientation and
-    spacing; everything lies on the fixed image's grid.
+    spacing.
 
     Args:
         path: where the PNG goes; appears complete or not at all.
-        fixed: (X, Y, Z), the fixed image.
-        before: (X, Y, Z), the moving image carried by the affine transform alone.
-        after: (X, Y, Z), the moving image carried by the whole transform.
-        disp: (X, Y, Z, 3), RAS millimetres, the network's part of the displacement, pull-back.
-        jacobian: (X, Y, Z), determinant of that part; 0 and below is folded.
-        affine: (4, 4), voxel to RAS millimetres of the fixed grid.
         caption: one line with the numbers of this registration.
+        **registered: see `Registered`.
 
     Raises:
         ShapeError: if an array does not lie on the fixed grid.
         OutputError: if the file cannot be written.
     """
-    volumes = {"before": before, "after": after, "jacobian": jacobian}
+    figure = _figure(caption, registered)
+    with _whole_file(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI, facecolor=BACKGROUND)
+
+
+def qc_jpeg(*, caption: str, **registered: Unpack[Registered]) -> bytes:
+    """The picture of `qc_figure` at `JPEG_SCALE` of its size, as a JPEG file to embed.
+
+    Args:
+        caption: as for `qc_figure`.
+        **registered: see `Registered`.
+
+    Raises:
+        ShapeError: if an array does not lie on the fixed grid.
+    """
+    figure = _figure(caption, registered)
+    file = io.BytesIO()
+    figure.savefig(
+        file,
+        format="jpeg",
+        dpi=JPEG_SCALE * DPI,
+        facecolor=BACKGROUND,
+        pil_kwargs={"quality": JPEG_QUALITY, "optimize": True},
+    )
+    return file.getvalue()
+
+
+def _figure(caption: str, registered: Registered) -> "Figure":
+    fixed, disp = registered["fixed"], registered["disp"]
+    volumes = {
+        "before": registered["before"],
+        "after": registered["after"],
+        "jacobian": registered["jacobian"],
+    }
     for name, volume in volumes.items():
         if volume.shape != fixed.shape or fixed.ndim != 3:
             raise ShapeError(f"{name} has shape {volume.shape}, expected {fixed.shape} as fixed")
     if disp.shape != (*fixed.shape, 3):
         raise ShapeError(f"disp has shape {disp.shape}, expected {(*fixed.shape, 3)}")
-
-    figure = _draw(_Views(fixed, before, after, disp, jacobian, affine), caption)
-    with _whole_file(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI, facecolor=BACKGROUND)
+    return _draw(_Views(**registered), caption)
 
 
 @contextmanager
