@@ -18,6 +18,8 @@ from ulae_rt.errors import BatchError, UlaeError, UsageError
 COMMANDS = {
     "register": ("ulae_rt.register", "register one pair of NIfTI files"),
     "batch": ("ulae_rt.batch", "register every pair of a list"),
+    "apply": ("ulae_rt.apply", "carry further images or labels through a saved warp"),
+    "evaluate": ("ulae_rt.evaluate", "measure registrations against labels and landmarks"),
     "prepare": ("ulae_rt.prepare", "bring scans to the training grid of a template"),
     "train": ("ulae_rt.train", "train the network from a configuration file"),
     "export": ("ulae_rt.export.cli", "turn weights into verified inference engines"),

@@ -53,6 +53,10 @@ class BatchError(UlaeError, RuntimeError):
         self.result = result
 
 
+class EvaluationError(UlaeError, ValueError):
+    """A protocol, landmarks or registrations that cannot be evaluated."""
+
+
 class OutputError(UlaeError, OSError):
     """An output path that cannot or must not be written."""
 

@@ -12,6 +12,7 @@ LAYERS = {
     "ulae_rt": "package",
     "ulae_rt.__main__": "commands",
     "ulae_rt.allocator": "leaves",
+    "ulae_rt.apply": "commands",
     "ulae_rt.batch": "commands",
     "ulae_rt.batching": "batching",
     "ulae_rt.cli": "commands",
@@ -20,6 +21,8 @@ LAYERS = {
     "ulae_rt.engines": "engines",
     "ulae_rt.env": "leaves",
     "ulae_rt.errors": "leaves",
+    "ulae_rt.evaluate": "commands",
+    "ulae_rt.evaluation": "evaluation",
     "ulae_rt.export": "export",
     "ulae_rt.imaging": "imaging",
     "ulae_rt.kernels": "kernels",
@@ -53,9 +56,10 @@ MAY_IMPORT = {
     },
     "runtime": {"package", "leaves", "kernels", "model", "imaging", "engines", "runtime"},
     "batching": {"package", "leaves", "imaging", "runtime", "batching"},
+    "evaluation": {"package", "leaves", "imaging", "batching", "evaluation"},
     "commands": {
         "package", "leaves", "kernels", "model", "imaging", "engines", "runtime", "training",
-        "batching", "commands",
+        "batching", "evaluation", "commands",
     },
 }  # fmt: skip
 
@@ -63,12 +67,14 @@ MAY_IMPORT = {
 NEVER = {
     "imaging": {"torch", "triton"},
     "engines": {"triton", "onnx", "onnxscript", "safetensors"},
+    "evaluation": {"torch", "triton"},
     "leaves": {"triton", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"},
 }
 NOT_EAGERLY = {
     "package": {"torch", "numpy", "nibabel", "SimpleITK", "onnxruntime"},
     "leaves": {"torch"},
     "engines": {"torch", "tensorrt", "tensorrt_rtx", "onnxruntime"},
+    "evaluation": {"scipy"},
     "kernels": {"tensorrt", "onnxruntime"},
     "export": {"tensorrt", "tensorrt_rtx"},
     "commands": {"torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "matplotlib"},

@@ -1,0 +1,1 @@
+"""How good a registration is: overlap, surfaces, landmarks, regularity, and the tables of it."""
