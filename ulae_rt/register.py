@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from tqdm import tqdm
 
 from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.errors import UsageError
-from ulae_rt.imaging.warpfile import WARP_FORMATS
+from ulae_rt.imaging.grid import grid_of
+from ulae_rt.imaging.warpfile import WARP_FORMATS, check_one_grid
 from ulae_rt.options import NetworkOptions
 from ulae_rt.registrar import Clock, as_volume
 from ulae_rt.result import SIMILARITY, output_files
@@ -19,24 +21,30 @@ from ulae_rt.result import SIMILARITY, output_files
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
 
-OUTPUTS = ("moved", "warp", "moved_labels", "jacobian", "qc")
-STAGES = ("read", "load", "affine", "preprocess", "network", "warp", "write")
+OUTPUTS = ("moved", "warp", "inverse_warp", "moved_labels", "jacobian", "qc")
+STAGES = ("read", "load", "affine", "preprocess", "network", "warp", "inverse", "write")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``ulae-rt register``."""
-    files = parser.add_argument_group("files", "NIfTI; all that is written lies on FIXED's grid")
+    files = parser.add_argument_group(
+        "files", "NIfTI; all that is written lies on FIXED's grid, the inverse warp on MOVING's"
+    )
     files.add_argument("-m", "--moving", type=Path, required=True, help="scan that is aligned")
     files.add_argument("-f", "--fixed", type=Path, required=True, help="scan it is aligned to")
     files.add_argument("-o", "--moved", type=Path, required=True, help="MOVING aligned (written)")
     files.add_argument("-w", "--warp", type=Path, help="displacement, affine included (written)")
+    files.add_argument(
+        "--inverse-warp", type=Path, metavar="OUT", help="displacement that undoes it (written)"
+    )
     files.add_argument("--labels", type=Path, metavar="SEG", help="label map of MOVING")
     files.add_argument("--moved-labels", type=Path, metavar="OUT", help="SEG aligned (written)")
     files.add_argument("--jacobian", type=Path, metavar="OUT", help="local volume (written)")
     files.add_argument("--qc", type=Path, metavar="PNG", help="picture to judge it by (written)")
     files.add_argument(
         "--warp-format", choices=WARP_FORMATS, default="itk",
-        help="itk: 5-D LPS mm for ITK, ANTs, Slicer; ras: 4-D RAS mm; voxel: 4-D (%(default)s)",
+        help="itk: 5-D LPS mm for ITK, ANTs, Slicer; ras: 4-D RAS mm; voxel: 4-D; l2r: Learn2Reg, "
+        "for images on one grid, .nii.gz or .npz (%(default)s)",
     )  # fmt: skip
     files.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     NetworkOptions.add_to(parser)
@@ -49,11 +57,8 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     if arguments.qc is not None and arguments.qc.suffix.lower() != ".png":
         raise UsageError(f"--qc is {arguments.qc}, expected a .png file", "rename it")
     wanted = {n: getattr(arguments, n) for n in OUTPUTS if getattr(arguments, n) is not None}
-    for name, path in wanted.items():
-        if name != "qc" and path.suffix.lower() == ".png":
-            raise UsageError(f"{path} must end in .nii.gz or .nii", "rename the output")
     inputs = [p for p in (arguments.moving, arguments.fixed, arguments.labels) if p is not None]
-    output_files(list(wanted.values()), arguments.overwrite, inputs)
+    output_files(wanted, arguments.warp_format, arguments.overwrite, inputs)
     network = NetworkOptions.of(arguments)
     keep_freed_memory()
 
@@ -64,11 +69,17 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
             moving = as_volume(arguments.moving, "moving")
             fixed = as_volume(arguments.fixed, "fixed")
             labels = as_volume(arguments.labels, "labels", "labels") if arguments.labels else None
+            if arguments.warp_format == "l2r" and wanted.keys() & {"warp", "inverse_warp"}:
+                check_one_grid(grid_of(fixed), grid_of(moving))
         with clock("load"):
             registrar = network.open()
         result = registrar(moving, fixed, labels=labels, progress=step)
         stats = result.stats
         before, after = stats.similarity_before, stats.similarity_after
+        consistency = None
+        if "inverse_warp" in wanted:
+            with clock("inverse"):
+                consistency = result.inverse_consistency
         with clock("write"):
             result.save(
                 **wanted,
@@ -78,8 +89,11 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
                 overwrite=arguments.overwrite,
                 inputs=inputs,
             )
+    parts = (clock.seconds, stats.seconds)
     taken = {
-        stage: clock.seconds.get(stage, 0.0) + stats.seconds.get(stage, 0.0) for stage in STAGES
+        stage: sum(part.get(stage, 0.0) for part in parts)
+        for stage in STAGES
+        if any(stage in part for part in parts)
     }
     stats.seconds = taken
     report(f"network     {registrar.network.description}")
@@ -88,10 +102,15 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         f"folding     {stats.folding_percent:.3f} % of the brain, "
         f"{stats.folding_image_percent:.3f} % of the image"
     )
+    if consistency is not None:
+        report(
+            f"inverse     {consistency.mean_mm:.3f} mm off there and back, mean of the brain; "
+            f"99 % below {consistency.p99_mm:.3f}, at most {consistency.max_mm:.3f}"
+        )
     times = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in taken.items())
     report(f"seconds     {times}; {sum(taken.values()):.1f} in all")
     for name, path in wanted.items():
-        report(f"{name.replace('_', ' '):<12}{path}")
+        report(f"{name.replace('_', ' '):<11} {path}")
     return {
         "moving": str(arguments.moving),
         "fixed": str(arguments.fixed),
@@ -102,6 +121,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         "affine": result.affine.tolist(),
         "affine_direction": "fixed RAS mm -> moving RAS mm",
         **stats.to_dict(),
+        "inverse_consistency": None if consistency is None else asdict(consistency),
     }
 
 

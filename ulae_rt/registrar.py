@@ -198,6 +198,7 @@ class Registrar:
         clock = Clock(progress, pair.seconds)
         with clock("network"):
             deformation = self.deform([pair])[0]
+        pair.seconds.update(clock.seconds)
         return finish(pair, deformation, progress=progress)
 
     @property
@@ -339,7 +340,7 @@ def finish(
     stats.seconds = clock.seconds
     return Result(
         image_on_grid(moved, fixed),
-        Warp(total, fixed),
+        Warp(total, fixed, grid_of(pair.moving)),
         jacobian,
         deformation.affine,
         stats,
@@ -347,6 +348,8 @@ def finish(
         before,
         deformation,
         fixed,
+        pair.moving,
+        brain,
     )
 
 

@@ -1,8 +1,9 @@
 """What a registration gives: images, warp and figures on the fixed grid, and their files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 from ulae_rt.errors import UsageError
 from ulae_rt.imaging.grid import Affine, grid_of
+from ulae_rt.imaging.inverse import InverseConsistency, inverse_consistency, invert
 from ulae_rt.imaging.nifti import Outputs, PathLike, Volume, image_on_grid, save_image
 from ulae_rt.imaging.transform import Deformation
-from ulae_rt.imaging.warpfile import Warp, WarpFormat, warp_to_image
+from ulae_rt.imaging.warpfile import Warp, WarpFormat, warp_suffixes, write_warp
 
 SIMILARITY = "Pearson correlation inside the fixed brain"
 
@@ -56,6 +58,8 @@ class Result:
         before: (X, Y, Z) float32, moving through the affine only.
         deformation: the network's displacement on its own grid, and the affine.
         fixed: the fixed image.
+        moving: the moving image.
+        brain: (X, Y, Z), where the fixed brain is.
     """
 
     moved: nib.Nifti1Image
@@ -67,12 +71,30 @@ class Result:
     before: NDArray[np.float32]
     deformation: Deformation
     fixed: Volume
+    moving: Volume
+    brain: NDArray[np.bool_]
+
+    @cached_property
+    def inverse(self) -> Warp:
+        """The warp back, on the moving image's own grid; see `ulae_rt.imaging.inverse.invert`.
+
+        Moving point y comes from fixed point y + disp(y). Found when it is first asked for.
+        """
+        moving = grid_of(self.moving)
+        return Warp(invert(self.deformation, moving), self.moving, grid_of(self.fixed))
+
+    @cached_property
+    def inverse_consistency(self) -> InverseConsistency:
+        """How far from where it began a point of the fixed brain ends, there and back."""
+        fixed, moving = grid_of(self.fixed), grid_of(self.moving)
+        return inverse_consistency(self.warp.disp, fixed, self.inverse.disp, moving, self.brain)
 
     def save(
         self,
         moved: PathLike | None = None,
         warp: PathLike | None = None,
         *,
+        inverse_warp: PathLike | None = None,
         moved_labels: PathLike | None = None,
         jacobian: PathLike | None = None,
         qc: PathLike | None = None,
@@ -84,8 +106,10 @@ class Result:
         """Write what has a path: all of it, or on any error and on Ctrl-C none of it.
 
         Args:
-            moved: ``.nii`` or ``.nii.gz``, as the next three.
+            moved: ``.nii`` or ``.nii.gz``, as all but the picture; a warp of format l2r may be
+                ``.npz`` too.
             warp: in the form that ``warp_format`` names.
+            inverse_warp: the same of `inverse`.
             moved_labels: needs labels given to the registrar.
             jacobian: determinant of the warp's derivative.
             qc: ``.png``, the picture of `ulae_rt.imaging.qc`.
@@ -97,26 +121,39 @@ class Result:
         Raises:
             UsageError, OutputError: see `ulae_rt.imaging.nifti.check_output`.
         """
-        if moved_labels is not None and self.moved_labels is None:
-            raise UsageError("there are no moved labels", "give labels to the registrar")
-        # The warp takes longest to pack, so it goes first.
-        images: list[tuple[PathLike | None, Callable[[], Any]]] = [
-            (warp, lambda: warp_to_image(self.warp.disp, self.fixed, warp_format)),
-            (moved, lambda: self.moved),
-            (jacobian, lambda: image_on_grid(self.jacobian, self.fixed)),
-            (moved_labels, lambda: self.moved_labels),
-        ]
-        wanted = [(Path(path), make) for path, make in images if path is not None]
-        pictures = [] if qc is None else [Path(qc)]
-        paths = [path for path, _ in wanted] + pictures
-        with output_files(paths, overwrite, inputs) as outputs:
+        if moved_labels is not None:
+            self._labels()
+        # The warps take longest to pack, so they go first.
+        write: dict[str, Callable[[Path], None]] = {
+            "warp": lambda path: write_warp(self.warp, path, warp_format),
+            "inverse_warp": lambda path: write_warp(self.inverse, path, warp_format),
+            "moved": lambda path: save_image(self.moved, path),
+            "jacobian": lambda path: save_image(image_on_grid(self.jacobian, self.fixed), path),
+            "moved_labels": lambda path: save_image(self._labels(), path),
+        }
+        places = {
+            "warp": warp,
+            "inverse_warp": inverse_warp,
+            "moved": moved,
+            "jacobian": jacobian,
+            "moved_labels": moved_labels,
+            "qc": qc,
+        }
+        wanted = {kind: Path(path) for kind, path in places.items() if path is not None}
+        with output_files(wanted, warp_format, overwrite, inputs) as outputs:
+            hidden = {kind: outputs.temporary(path) for kind, path in wanted.items()}
             with ThreadPoolExecutor(WRITERS) as pool:
-                jobs = [pool.submit(_write, make, outputs.temporary(path)) for path, make in wanted]
-                for path in pictures:
-                    self._draw(outputs.temporary(path), caption)
+                jobs = [pool.submit(write[kind], hidden[kind]) for kind in write if kind in hidden]
+                if "qc" in hidden:
+                    self._draw(hidden["qc"], caption)
                 for job in jobs:
                     job.result()
             return outputs.commit()
+
+    def _labels(self) -> nib.Nifti1Image:
+        if self.moved_labels is None:
+            raise UsageError("there are no moved labels", "give labels to the registrar")
+        return self.moved_labels
 
     def _draw(self, path: Path, caption: str) -> None:
         from ulae_rt.imaging.qc import qc_figure  # matplotlib takes half a second to import
@@ -137,11 +174,21 @@ class Result:
 WRITERS = 2
 
 
-def _write(make: Callable[[], nib.Nifti1Image], path: Path) -> None:
-    save_image(make(), path)
+def output_files(
+    paths: Mapping[str, Path],
+    warp_format: WarpFormat,
+    overwrite: bool,
+    inputs: Sequence[PathLike],
+) -> Outputs:
+    """Check the outputs of a registration, each named as its kind demands.
 
-
-def output_files(paths: Sequence[PathLike], overwrite: bool, inputs: Sequence[PathLike]) -> Outputs:
-    """Check the outputs of a registration; pictures end in .png, the rest in .nii or .nii.gz."""
-    pictures = {Path(path): (".png",) for path in paths if Path(path).suffix.lower() == ".png"}
-    return Outputs(paths, overwrite=overwrite, inputs=inputs, suffixes=pictures)
+    Args:
+        paths: by the name that `Result.save` has for them.
+        warp_format: of the warps.
+        overwrite: replace files that exist.
+        inputs: files that must not be written to.
+    """
+    warps = warp_suffixes(warp_format)
+    endings = {"qc": (".png",), "warp": warps, "inverse_warp": warps}
+    suffixes = {path: endings[kind] for kind, path in paths.items() if kind in endings}
+    return Outputs(paths.values(), overwrite=overwrite, inputs=inputs, suffixes=suffixes)

@@ -345,7 +345,7 @@ def test_a_full_disk_is_an_output_error():
     image = image_on_grid(
         rng.random((40, 40, 40)), volume_from_array(DATA, AFFINE, name="fixed"), AFFINE
     )
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="the disk is full"):
         save_image(image, "/dev/full")
 
 

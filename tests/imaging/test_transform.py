@@ -7,7 +7,7 @@ import SimpleITK as sitk
 from scipy.ndimage import map_coordinates
 
 from _support.brains import GEOMETRIES, centre_of, grid_affine, save_brain, world
-from ulae_rt.errors import ImageError, ShapeError, UsageError
+from ulae_rt.errors import ShapeError
 from ulae_rt.imaging.grid import Grid, grid_of, resample, working_grid
 from ulae_rt.imaging.nifti import read_volume, volume_from_array, write_volume
 from ulae_rt.imaging.transform import (
@@ -16,7 +16,7 @@ from ulae_rt.imaging.transform import (
     jacobian_determinant,
     warp_image,
 )
-from ulae_rt.imaging.warpfile import WARP_FORMATS, read_warp, write_warp
+from ulae_rt.imaging.warpfile import Warp
 
 SHAPE = (64, 80, 64)
 TILT = nib.affines.from_matvec(
@@ -63,7 +63,7 @@ def test_itk_applying_our_files_gives_our_files(tmp_path, fixed_name, moving_nam
     disp = Deformation(smooth_disp(), grid, affine).sample(grid_of(fixed))
     labels = np.digitize(moving.data, [1, 60, 90, 120, 160]).astype(np.uint8)
     write_volume(tmp_path / "ml.nii.gz", labels, moving)
-    write_warp(tmp_path / "w.nii.gz", disp, fixed)
+    Warp(disp, fixed).save(tmp_path / "w.nii.gz")
     moved = warp_image(moving, disp, grid_of(fixed))
     write_volume(tmp_path / "o.nii.gz", moved, fixed)
     seen = itk_applies(tmp_path / "w.nii.gz", tmp_path / "m.nii.gz", tmp_path / "f.nii.gz")
@@ -192,54 +192,6 @@ def test_folding_counts_the_image_and_the_brain():
     result = folding(jacobian, brain)
     assert result.image_percent == pytest.approx(11)
     assert result.brain_percent == pytest.approx(5)
-
-
-@pytest.mark.parametrize("fmt", WARP_FORMATS)
-@pytest.mark.parametrize("name", ["LAS", "oblique-PIR"])
-def test_warp_files_come_back(tmp_path, name, fmt):
-    fixed = read_volume(save_brain(tmp_path / "f.nii.gz", *GEOMETRIES[name]))
-    disp = np.random.default_rng(0).normal(size=(*fixed.shape, 3)).astype(np.float32)
-    write_warp(tmp_path / "w.nii.gz", disp, fixed, fmt)
-    warp = read_warp(tmp_path / "w.nii.gz")
-    np.testing.assert_allclose(warp.disp, disp, atol=1e-5)
-    np.testing.assert_allclose(warp.grid.affine, fixed.affine, atol=1e-5)
-    header = nib.load(tmp_path / "w.nii.gz").header
-    assert header["sform_code"] == header["qform_code"] == 1
-    assert header.get_data_shape()[:3] == fixed.shape
-
-
-def test_what_each_warp_format_holds(tmp_path):
-    # Axes P, S, R at 1, 1.3, 2 mm: +1 mm to the right is -1 mm in LPS and +0.5 voxel on axis 2
-    shape, affine = grid_affine((10, 12, 14), (2, 1, 1.3), "PSR")
-    fixed = volume_from_array(np.ones(shape, np.uint8), affine, name="fixed", kind="labels")
-    disp = np.zeros((*shape, 3), np.float32)
-    disp[..., 0] = 1
-    held = {}
-    for fmt in WARP_FORMATS:
-        write_warp(tmp_path / "w.nii.gz", disp, fixed, fmt)
-        image = nib.load(tmp_path / "w.nii.gz")
-        held[fmt] = np.asarray(image.dataobj)
-        if fmt == "itk":
-            assert image.shape == (*shape, 1, 3)
-            assert image.header["intent_code"] == 1007
-        else:
-            assert image.shape == (*shape, 3)
-    assert held["itk"][0, 0, 0, 0].tolist() == [-1, 0, 0]
-    assert held["ras"][0, 0, 0].tolist() == [1, 0, 0]
-    np.testing.assert_allclose(held["voxel"][0, 0, 0], [0, 0, 0.5], atol=1e-6)
-
-
-def test_a_file_that_is_no_warp_is_refused(tmp_path):
-    image = save_brain(tmp_path / "a.nii.gz", *GEOMETRIES["RAS"])
-    with pytest.raises(ImageError, match="expected XxYxZx1x3"):
-        read_warp(image)
-    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6, 3), np.float32), np.eye(4)), tmp_path / "b.nii")
-    with pytest.raises(UsageError, match="does not say its unit"):
-        read_warp(tmp_path / "b.nii")
-    assert read_warp(tmp_path / "b.nii", "voxel").disp.shape == (4, 5, 6, 3)
-    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6, 1, 3), np.float32), np.eye(4)), tmp_path / "c.nii")
-    with pytest.raises(ImageError, match="intent 0, expected 1007"):
-        read_warp(tmp_path / "c.nii")
 
 
 def test_one_interpolation_only(tmp_path):

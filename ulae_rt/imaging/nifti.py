@@ -19,7 +19,7 @@ from ulae_rt.errors import DiskFull, GeometryError, ImageError, OutputError, Usa
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["image", "labels"]
+Kind = Literal["image", "labels", "values"]
 PathLike = str | os.PathLike[str]
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -68,7 +68,8 @@ def read_volume(path: PathLike, *, kind: Kind = "image") -> Volume:
 
     Args:
         path: a ``.nii`` or ``.nii.gz`` file.
-        kind: ``labels`` demands whole numbers and allows a single value.
+        kind: ``labels`` demands whole numbers and allows a single value; ``values`` takes
+            anything finite.
 
     Raises:
         ImageError: the file is missing, unreadable, damaged, not NIfTI, not one 3-D volume, or
@@ -86,7 +87,12 @@ def open_image(path: PathLike) -> nib.Nifti1Image:
         ImageError: missing, unreadable, damaged, or not NIfTI.
     """
     path = Path(path)
-    _check_file(path)
+    check_file(path)
+    if not path.name.lower().endswith(SUFFIXES):
+        raise ImageError(
+            f"{path} is not named as a NIfTI image, expected .nii or .nii.gz",
+            "convert it first, e.g. with mri_convert or dcm2niix",
+        )
     try:
         image = nib.load(path)
     except PermissionError:
@@ -103,6 +109,23 @@ def open_image(path: PathLike) -> nib.Nifti1Image:
     return image
 
 
+def read_grid(path: PathLike) -> Volume:
+    """The grid and header of one NIfTI file, which may hold any values; they are not read.
+
+    Raises:
+        ImageError: as for `read_volume`, as far as the header tells.
+        GeometryError: its affine is missing, singular or sheared.
+    """
+    image, name = open_image(path), str(path)
+    return volume_without_values(image, checked_shape(image.shape, name), name)
+
+
+def volume_without_values(image: nib.Nifti1Image, shape: tuple[int, int, int], name: str) -> Volume:
+    """A volume of zeros that take no memory, on the grid of ``image``."""
+    affine = checked_affine(image, name)
+    return Volume(np.broadcast_to(np.uint8(0), shape), affine, image.header, name, Path(name))
+
+
 def volume_from_image(
     image: Any, *, name: str, kind: Kind = "image", path: Path | None = None
 ) -> Volume:
@@ -112,7 +135,7 @@ def volume_from_image(
             f"{name} is a {type(image).__name__}, expected a single-file NIfTI image",
             "convert it to .nii or .nii.gz first",
         )
-    shape = _checked_shape(image.shape, name)
+    shape = checked_shape(image.shape, name)
     affine = checked_affine(image, name)
     dtype = image.get_data_dtype()
     if dtype.kind not in "iufb":
@@ -146,7 +169,12 @@ def volume_from_array(
     return volume_from_image(image, name=name, kind=kind)
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Refuse what is no file to read, whatever its format.
+
+    Raises:
+        ImageError: missing, a folder, no regular file, empty, or closed to this user.
+    """
     try:
         missing = not path.exists()
     except PermissionError:
@@ -154,14 +182,9 @@ def _check_file(path: Path) -> None:
     if missing:
         raise ImageError(f"{path} does not exist", "check the path")
     if path.is_dir():
-        raise ImageError(f"{path} is a folder, expected a NIfTI file", "name the file inside it")
+        raise ImageError(f"{path} is a folder, expected a file", "name the file inside it")
     if not path.is_file():
-        raise ImageError(f"{path} is not a regular file", "give a .nii or .nii.gz file")
-    if not path.name.lower().endswith(SUFFIXES):
-        raise ImageError(
-            f"{path} is not named as a NIfTI image, expected .nii or .nii.gz",
-            "convert it first, e.g. with mri_convert or dcm2niix",
-        )
+        raise ImageError(f"{path} is not a regular file", "give a file on a disk")
     if path.stat().st_size == 0:
         raise ImageError(f"{path} is empty (0 bytes)", "copy or download it again")
 
@@ -172,7 +195,7 @@ def _damaged(path: PathLike, error: BaseException) -> ImageError:
     )
 
 
-def _checked_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
+def checked_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
     """The 3-D shape; refuses, before any voxel is read, what is no single volume."""
     size = "x".join(map(str, shape))
     spatial = tuple(shape[:3])
@@ -305,7 +328,7 @@ def _check_values(data: NDArray[Any], name: str, kind: Kind) -> None:
                 f"{name} holds fractions, expected whole-number labels",
                 "give the label map as segmented, not interpolated",
             )
-    elif low == high:
+    elif kind == "image" and low == high:
         raise ImageError(
             f"{name} is constant: every voxel is {low}", "check how it was made or masked"
         )

@@ -13,6 +13,7 @@ from ulae_rt.imaging.grid import (
     Grid,
     Interpolation,
     from_sitk,
+    gap_mm,
     reference,
     to_sitk,
 )
@@ -82,6 +83,16 @@ def add_affine(network_part: Displacement, fixed: Grid, affine: Affine) -> Displ
             moved[..., row] += (a * i)[:, None] + (b * j + (c * k[plane] + d))[None, :]
         total[:, :, plane] = moved
     return total
+
+
+def resample_displacement(disp: Displacement, grid: Grid, to: Grid) -> Displacement:
+    """``disp`` (X, Y, Z, 3) on ``grid`` at the voxels of ``to``: linear, clamped to its edges.
+
+    Its own numbers where the two grids are one.
+    """
+    if grid.shape == to.shape and gap_mm(grid, to) == 0:
+        return disp
+    return _sample_clamped(disp.transpose(3, 0, 1, 2), grid, to)
 
 
 def _sample_clamped(field: NDArray[np.float32], grid: Grid, fixed: Grid) -> Displacement:
