@@ -25,6 +25,8 @@ WARP_SUFFIXES = (*SUFFIXES, NPZ)
 ITK_SUFFIXES = (".mat", ".txt", ".tfm", ".xfm", ".h5", ".hdf5")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# A field that ends with less than this ends smoothly.
+SMOOTH_END_MM = 0.5
 INVERTED = re.compile(r"\[(?P<path>.+),\s*(?P<inverted>[01])\s*\]")
 
 
@@ -160,7 +162,8 @@ def chain_displacement(steps: Sequence[Step], reference: Grid, name: str) -> Dis
 
     The first step, where it is a field, is interpolated linearly on ``reference`` (its own numbers
     if that is its grid) and must contain it. A later one is looked up where the points have got
-    to; outside it they stay where they are, as with ITK and ANTs, and a warning says how many.
+    to; outside it they stay where they are, as with ITK and ANTs, and a warning says how many if
+    the field does not end at 0, as those of ANTs do.
 
     Args:
         steps: as a point goes through them.
@@ -211,12 +214,21 @@ def _check_met(field: Field, disp: Displacement, reference: Grid) -> None:
         raise GeometryError(
             f"no voxel gets into the field of {field.name}", "check the order of the transforms"
         )
-    if missed > 0:
+    jump = _outermost_mm(field.disp)
+    if missed > 0 and jump > SMOOTH_END_MM:
         logger.warning(
-            "%.2g %% of the voxels get out of the field of %s, which leaves them where they are",
+            "%.2g %% of the voxels get out of the field of %s and stay where they are, though it "
+            "still moves points by up to %.3g mm where it ends",
             100 * missed,
             field.name,
+            jump,
         )
+
+
+def _outermost_mm(disp: Displacement) -> float:
+    """The largest displacement on the faces of a field."""
+    faces = [disp.take(end, axis) for axis in range(3) for end in (0, -1)]
+    return max(float(np.linalg.norm(face, axis=-1).max()) for face in faces)
 
 
 def away_mm(disp: Displacement, reference: Grid, image: Grid) -> float:

@@ -86,7 +86,8 @@ def write_warp(warp: Warp, path: PathLike, fmt: WarpFormat = "itk") -> None:
         return
     values = _stored(warp, fmt)
     try:
-        np.savez_compressed(path, disp=values)
+        with open(path, "wb") as file:
+            np.savez_compressed(file, disp=values)
     except OSError as error:
         raise output_error(path, error) from None
 

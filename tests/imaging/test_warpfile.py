@@ -1,0 +1,261 @@
+"""Warp files: what each format holds, by hand and by whoever reads it; and what is no warp."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy.ndimage import map_coordinates
+
+from _support.brains import GEOMETRIES, grid_affine, save_brain, world
+from ulae_rt.errors import GeometryError, ImageError, OutputError, UlaeError, UsageError
+from ulae_rt.imaging import warpfile
+from ulae_rt.imaging.grid import Grid, grid_of
+from ulae_rt.imaging.nifti import read_volume, volume_from_array
+from ulae_rt.imaging.transform import warp_image
+from ulae_rt.imaging.warpfile import WARP_FORMATS, Warp, read_warp
+
+FILES = [*((fmt, "w.nii.gz") for fmt in WARP_FORMATS), ("l2r", "w.npz")]
+SMALL, AFFINE = grid_affine((10, 12, 14), (2, 1, 1.3), "PSR")
+
+
+def volume(shape=SMALL, affine=AFFINE):
+    return volume_from_array(np.ones(shape, np.uint8), affine, name="fixed", kind="labels")
+
+
+def save_field(path, data, affine=AFFINE, intent=None, name=""):
+    """A field as another tool would write it."""
+    image = nib.Nifti1Image(data, affine)
+    if intent is not None or name:
+        image.header.set_intent(intent or 0, name=name, allow_unknown=True)
+    nib.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize(("fmt", "file"), FILES)
+@pytest.mark.parametrize("name", ["LAS", "oblique-PIR"])
+def test_warp_files_come_back(tmp_path, name, fmt, file):
+    fixed = read_volume(save_brain(tmp_path / "f.nii.gz", *GEOMETRIES[name]))
+    disp = np.random.default_rng(0).normal(size=(*fixed.shape, 3)).astype(np.float32)
+    Warp(disp, fixed, grid_of(fixed)).save(tmp_path / file, fmt)
+    warp = read_warp(tmp_path / file, fixed=fixed)
+    # Single precision through the voxel formats' matrix and back.
+    np.testing.assert_allclose(warp.disp, disp, atol=1e-5)
+    np.testing.assert_allclose(warp.grid.affine, fixed.affine, atol=1e-5)
+    if file.endswith(".npz"):
+        return
+    header = nib.load(tmp_path / file).header
+    assert header["sform_code"] == header["qform_code"] == 1
+    assert header.get_data_shape()[:3] == fixed.shape
+
+
+def test_what_each_warp_format_holds(tmp_path):
+    # Axes P, S, R at 1, 1.3, 2 mm: +1 mm to the right is -1 mm in LPS and +0.5 voxel on axis 2
+    disp = np.zeros((*SMALL, 3), np.float32)
+    disp[..., 0] = 1
+    warp = Warp(disp, volume(), Grid(SMALL, AFFINE))
+    held = {}
+    for fmt in WARP_FORMATS:
+        warp.save(tmp_path / f"{fmt}.nii.gz", fmt)
+        image = nib.load(tmp_path / f"{fmt}.nii.gz")
+        held[fmt] = np.asarray(image.dataobj)
+        if fmt == "itk":
+            assert image.shape == (*SMALL, 1, 3)
+            assert image.header["intent_code"] == 1007
+        else:
+            assert image.shape == (*SMALL, 3)
+    assert held["itk"][0, 0, 0, 0].tolist() == [-1, 0, 0]
+    assert held["ras"][0, 0, 0].tolist() == [1, 0, 0]
+    np.testing.assert_allclose(held["voxel"][0, 0, 0], [0, 0, 0.5], atol=1e-6)
+    np.testing.assert_array_equal(held["l2r"], held["voxel"])
+    warp.save(tmp_path / "w.npz", "l2r")
+    with np.load(tmp_path / "w.npz") as arrays:
+        assert len(arrays.files) == 1
+        np.testing.assert_array_equal(arrays[arrays.files[0]], held["l2r"])
+    first = (tmp_path / "w.npz").read_bytes()
+    warp.save(tmp_path / "w.npz", "l2r", overwrite=True)
+    assert (tmp_path / "w.npz").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["LIA", "oblique-PIR"])
+def test_learn2reg_applying_our_file_gives_our_image(tmp_path, name):
+    """The lines of L2R's evaluation.py: the file, the arrays, and no geometry at all."""
+    moving = read_volume(save_brain(tmp_path / "m.nii.gz", *GEOMETRIES[name]))
+    grid = grid_of(moving)
+    x, y, z = np.moveaxis(world(*GEOMETRIES[name]), -1, 0) / 15
+    disp = (4 * np.stack([np.sin(y), np.cos(z) * 0.7, np.sin(x + z)], -1)).astype(np.float32)
+    Warp(disp, moving, grid).save(tmp_path / "disp_0001_0002.npz", "l2r")
+    with np.load(tmp_path / "disp_0001_0002.npz") as arrays:
+        field = arrays[arrays.files[0]].astype("float32")
+    D, H, W = moving.shape
+    identity = np.meshgrid(np.arange(D), np.arange(H), np.arange(W), indexing="ij")
+    at = identity + field.transpose(3, 0, 1, 2)
+    seen = map_coordinates(moving.data.astype(float), at, order=1)
+    ours = warp_image(moving, disp, grid)
+    # Beyond the outermost voxel's centre scipy fades to 0, ITK half a voxel further on.
+    inside = ((at >= 0) & (at <= np.array(moving.shape)[:, None, None, None] - 1)).all(0)
+    # Positions in single precision, times a step of up to 100 from voxel to voxel.
+    assert np.abs(seen - ours)[inside].max() < 0.02
+    assert np.abs(ours - moving.data).max() > 50
+    labels = np.digitize(moving.data, [1, 60, 90, 120, 160]).astype(np.uint8)
+    seen = map_coordinates(labels, at, order=0)
+    label_map = volume_from_array(labels, moving.affine, name="labels", kind="labels")
+    ours = warp_image(label_map, disp, grid, "nearest")
+    assert np.count_nonzero((seen != ours)[inside]) <= 1e-4 * seen.size  # ties
+
+
+@pytest.mark.parametrize(
+    ("moving", "message"),
+    [
+        (Grid((10, 12, 15), AFFINE), "10x12x15 voxels instead of 14x12x10"),
+        (Grid(SMALL, AFFINE + np.eye(4)[:, [3, 3, 3, 0]] * 0.5), "lie up to .* mm apart"),
+    ],
+)
+def test_format_l2r_is_refused_for_two_grids(tmp_path, moving, message):
+    warp = Warp(np.zeros((*SMALL, 3), np.float32), volume(), moving)
+    message = message.replace("14x12x10", "x".join(map(str, SMALL)))
+    with pytest.raises(GeometryError, match=f"needs the moving image on the fixed.*{message}"):
+        warp.save(tmp_path / "w.npz", "l2r")
+    assert not list(tmp_path.iterdir())
+
+
+def test_format_l2r_needs_to_know_the_moving_grid(tmp_path):
+    with pytest.raises(UsageError, match="needs the moving image's grid"):
+        Warp(np.zeros((*SMALL, 3), np.float32), volume()).save(tmp_path / "w.npz", "l2r")
+
+
+@pytest.mark.parametrize("fmt", ["itk", "ras", "voxel"])
+def test_only_learn2reg_writes_npz(tmp_path, fmt):
+    warp = Warp(np.zeros((*SMALL, 3), np.float32), volume(), Grid(SMALL, AFFINE))
+    with pytest.raises(UsageError, match=r"must end in \.nii\.gz or \.nii"):
+        warp.save(tmp_path / "w.npz", fmt)
+
+
+def test_a_full_disk_is_said_of_npz_too(monkeypatch):
+    warp = Warp(np.zeros((*SMALL, 3), np.float32), volume(), Grid(SMALL, AFFINE))
+    monkeypatch.setattr(warpfile, "NPZ", "full")
+    with pytest.raises(OutputError, match="/dev/full cannot be written: the disk is full"):
+        warpfile.write_warp(warp, "/dev/full", "l2r")
+
+
+def test_a_field_of_another_tool_needs_its_format(tmp_path):
+    disp = np.random.default_rng(0).normal(size=(*SMALL, 3)).astype(np.float32)
+    path = save_field(tmp_path / "w.nii.gz", disp)
+    with pytest.raises(UsageError, match="does not say its unit") as caught:
+        read_warp(path)
+    assert "--warp-format" in caught.value.hint
+    np.testing.assert_array_equal(read_warp(path, "ras").disp, disp)
+    steps = disp @ AFFINE[:3, :3].T
+    np.testing.assert_allclose(read_warp(path, "voxel").disp, steps, atol=1e-5)
+    np.testing.assert_allclose(read_warp(path, "l2r", volume()).disp, steps, atol=1e-5)
+    named = save_field(tmp_path / "r.nii.gz", disp, name="disp-ras-mm")
+    with pytest.raises(UsageError, match="is a warp of format ras, not voxel"):
+        read_warp(named, "voxel")
+
+
+def test_learn2reg_files_lie_on_the_fixed_grid_whatever_their_header_says(tmp_path):
+    """Submissions are full of identity affines."""
+    disp = np.ones((*SMALL, 3), np.float32)
+    path = save_field(tmp_path / "w.nii.gz", disp, np.eye(4))
+    warp = read_warp(path, "l2r", volume())
+    np.testing.assert_array_equal(warp.grid.affine, AFFINE)
+    np.testing.assert_allclose(warp.disp[0, 0, 0], AFFINE[:3, :3].sum(1), atol=1e-6)
+    for fixed, error in ((None, UsageError), (volume((14, 12, 9)), GeometryError)):
+        with pytest.raises(error, match=r"not given|expected 14x12x9x3"):
+            read_warp(path, "l2r", fixed)
+
+
+def test_voxels_of_one_grid_are_not_those_of_another(tmp_path):
+    warp = Warp(np.zeros((*SMALL, 3), np.float32), volume())
+    warp.save(tmp_path / "w.nii.gz", "voxel")
+    assert read_warp(tmp_path / "w.nii.gz", fixed=volume()).disp.shape == (*SMALL, 3)
+    shifted = AFFINE.copy()
+    shifted[:3, 3] += 3
+    for fixed, message in (
+        (volume(affine=shifted), r"lie up to 5\.2 mm apart"),
+        (volume((4, 5, 6)), "voxels instead of 4x5x6"),
+    ):
+        with pytest.raises(GeometryError, match=f"in voxels of its own grid.*{message}"):
+            read_warp(tmp_path / "w.nii.gz", fixed=fixed)
+
+
+def absolute(kind):
+    """Positions, as SPM, EasyReg or FreeSurfer keep them."""
+    index = np.stack(np.meshgrid(*map(np.arange, SMALL), indexing="ij"), -1)
+    ras = world(SMALL, AFFINE) + np.array([3, 2, 1])
+    return {"ras": ras, "lps": ras * [-1, -1, 1], "voxel": index + 0.5}[kind].astype(np.float32)
+
+
+FIELD = np.zeros((*SMALL, 3), np.float32)
+NAN = np.full((*SMALL, 1, 3), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "fmt", "message"),
+    [
+        (FIELD[..., 0], {}, None, "expected XxYxZx1x3 or XxYxZx3"),
+        (np.zeros((*SMALL, 20), np.float32), {}, None, "expected XxYxZx1x3 or XxYxZx3"),
+        (FIELD[:, :, :, None], {}, None, "intent 0, expected 1007"),
+        (FIELD[:, :, :, None], {"intent": 1006}, None, "intent 1006, expected 1007"),
+        (NAN, {"intent": 1007}, None, "NaN or Inf displacements"),
+        (absolute("ras")[:, :, :, None], {"intent": 1007}, None, "holds positions, as SPM"),
+        (absolute("lps")[:, :, :, None], {"intent": 1007}, None, "holds positions, as SPM"),
+        (absolute("ras"), {}, "ras", "holds positions, as SPM"),
+        (absolute("voxel"), {}, "voxel", "holds positions, as SPM"),
+        (absolute("voxel"), {}, "l2r", "holds positions, as SPM"),
+        (FIELD[:, :, :1], {}, "ras", "expected a 3-D volume"),
+    ],
+)
+def test_what_is_no_displacement_is_refused(tmp_path, data, options, fmt, message):
+    path = save_field(tmp_path / "w.nii.gz", data, **options)
+    with pytest.raises(ImageError, match=message) as caught:
+        read_warp(path, fmt, volume())
+    assert caught.value.hint
+
+
+def test_a_strong_affine_is_no_position(tmp_path):
+    """Half the size and turned by 30 degrees: more than any two heads differ by."""
+    matrix = nib.eulerangles.euler2mat(0.5, -0.3, 0.4) * 0.6
+    disp = (world(SMALL, AFFINE) @ (matrix - np.eye(3)).T).astype(np.float32)
+    Warp(disp, volume()).save(tmp_path / "w.nii.gz")
+    np.testing.assert_allclose(read_warp(tmp_path / "w.nii.gz").disp, disp)
+
+
+def test_a_truncated_warp_is_refused(tmp_path):
+    Warp(FIELD, volume(), Grid(SMALL, AFFINE)).save(tmp_path / "w.npz", "l2r")
+    Warp(np.random.default_rng(0).random(FIELD.shape, np.float32), volume()).save(
+        tmp_path / "w.nii.gz"
+    )
+    for name in ("w.npz", "w.nii.gz"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ImageError, match="truncated or damaged"):
+            read_warp(tmp_path / name, fixed=volume())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": FIELD, "b": FIELD}, "holds 2 arrays, expected 1"),
+        ({"a": FIELD.transpose(3, 0, 1, 2)}, "expected 10x12x14x3|expected 12x14x10x3"),
+        ({"a": np.full_like(FIELD, np.inf)}, "NaN or Inf"),
+        ({"a": np.array([{}], object)}, "truncated or damaged: Object arrays"),
+        ({"a": np.array(["x"])}, "holds no array of numbers"),
+        ({"a": np.zeros((60, *SMALL, 3), np.float32)}, "has size more numbers than that"),
+    ],
+)
+def test_an_npz_that_is_no_warp_is_refused(tmp_path, arrays, message):
+    np.savez_compressed(tmp_path / "w.npz", **arrays)
+    with pytest.raises(UlaeError, match=message):
+        read_warp(tmp_path / "w.npz", fixed=volume())
+
+
+def test_an_npz_says_what_it_lacks(tmp_path):
+    np.savez(tmp_path / "w.npz", disp=FIELD)
+    with pytest.raises(UsageError, match="is in voxels of the fixed image, which is not given"):
+        read_warp(tmp_path / "w.npz")
+    with pytest.raises(UsageError, match="is a warp of format l2r, not itk"):
+        read_warp(tmp_path / "w.npz", "itk")
+    (tmp_path / "w.npz").write_text("no archive")
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        read_warp(tmp_path / "w.npz", fixed=volume())
+    with pytest.raises(ImageError, match="does not exist"):
+        read_warp(tmp_path / "none.npz", fixed=volume())
