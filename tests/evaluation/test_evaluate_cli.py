@@ -1,0 +1,231 @@
+"""`ulae-rt evaluate`: from the folders of a batch to the tables, and what it refuses."""
+
+import argparse
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from _support.labelled import FIXED, SHIFT, labelled_pair
+from ulae_rt import evaluate as evaluate_module
+from ulae_rt import optional
+from ulae_rt.batching.results import Row
+from ulae_rt.cli import main
+from ulae_rt.errors import BackendUnavailable
+from ulae_rt.imaging.nifti import read_volume
+from ulae_rt.imaging.warpfile import Warp
+
+PROTOCOL = """
+title = "head"
+average = ["left", "right"]
+[groups.left]
+labels = [1, 3]
+[groups.right]
+labels = [2, 4]
+[groups.core]
+labels = [9]
+"""
+HALF = np.eye(4)
+HALF[:3, 3] = SHIFT / 2
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    (tmp_path / "scans").mkdir()
+    return [labelled_pair(tmp_path / "scans", name) for name in ("a", "b")]
+
+
+@pytest.fixture
+def protocol(tmp_path):
+    path = tmp_path / "head.toml"
+    path.write_text(PROTOCOL)
+    return str(path)
+
+
+def row(pair, status="done", outputs=None, **values):
+    outputs = {"warp": f"pairs/{pair.id}/warp.nii.gz"} if outputs is None else outputs
+    inputs = {name: str(path) for name, path in pair.paths().items()}
+    return Row(pair.id, status, inputs, outputs, affine=HALF.tolist(), **values)
+
+
+def batch(folder, pairs, shift=SHIFT, rows=None):
+    """A folder as `batch` writes it, with the same displacement everywhere."""
+    disp = np.broadcast_to(np.asarray(shift, np.float32), (*FIXED[0], 3))
+    folder.mkdir()
+    for pair in pairs:
+        path = folder / "pairs" / pair.id
+        path.mkdir(parents=True)
+        Warp(disp, read_volume(pair.fixed)).save(path / "warp.nii.gz")
+    rows = (
+        [row(pair, seconds={"network": 1.0, "write": 0.5}) for pair in pairs]
+        if rows is None
+        else rows
+    )
+    (folder / "results.jsonl").write_text("".join(f"{each.to_json()}\n" for each in rows))
+    return str(folder)
+
+
+def evaluate(tmp_path, *arguments):
+    return main(["evaluate", "-o", str(tmp_path / "report"), "--workers", "2", *arguments])
+
+
+def cases(tmp_path):
+    with open(tmp_path / "report" / "cases.csv", encoding="utf-8") as file:
+        return {(each["method"], each["id"]): each for each in csv.DictReader(file)}
+
+
+def test_methods_stand_beside_doing_nothing_and_the_affine(tmp_path, pairs, protocol, capsys):
+    network = batch(tmp_path / "network", pairs)
+    worse = batch(tmp_path / "of-old", pairs, SHIFT * 0.7)
+    status = evaluate(tmp_path, network, f"worse={worse}", "--protocol", protocol)
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    found = cases(tmp_path)
+    methods = ["zero-displacement", "affine-only", "network", "worse"]
+    assert list(found) == [(method, id_) for method in methods for id_ in "ab"]
+    dice = [float(found[method, "a"]["dice"]) for method in methods]
+    assert dice[0] < dice[1] < dice[3] < dice[2]
+    assert float(found["network", "a"]["seconds"]) == 1.5
+    assert found["zero-displacement", "a"]["seconds"] == ""
+    right = found["network", "b"]
+    assert float(right["dice_Avg."]) == pytest.approx(
+        (float(right["dice_left"]) + float(right["dice_right"])) / 2, abs=1e-6
+    )
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert table in said.out
+    assert "worse - network" in table
+    report = {path.name for path in (tmp_path / "report").iterdir()}
+    assert report == {
+        "table.md", "cases.csv", "labels.csv", *(f"evaluation-{name}.json" for name in methods),
+    }  # fmt: skip
+    with open(tmp_path / "report" / "labels.csv", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 4 * 2 * 5
+
+
+def test_a_list_of_pairs_is_measured_as_it_lies(tmp_path, pairs, capsys):
+    lines = ["id,moving,fixed,moving_labels,fixed_labels"]
+    for pair in pairs:
+        lines.append(",".join([pair.id, *map(str, pair.paths().values())]))
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    assert evaluate(tmp_path, str(tmp_path / "pairs.csv"), "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert list(said["methods"]) == ["zero-displacement"]
+    assert said["methods"]["zero-displacement"]["dice"]["pairs"] == 2
+    assert said["failures"] == said["comparisons"] == []
+
+
+def test_pairs_that_were_not_registered_are_counted_and_left_out(tmp_path, pairs, capsys):
+    rows = [row(pairs[0]), replace(row(pairs[1], "failed", {}), error="no brain")]
+    network = batch(tmp_path / "network", pairs, rows=rows)
+    full = batch(tmp_path / "full", pairs)
+    assert evaluate(tmp_path, network, full, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["not_registered"] == {"network": ["b"]}
+    assert said["methods"]["network"]["dice"]["pairs"] == 1
+    assert said["methods"]["full"]["dice"]["pairs"] == 2
+    assert [each["pairs"] for each in said["comparisons"]] == [2, 1, 2, 1, 2, 1]
+    assert evaluate(tmp_path, network, full, "--overwrite") == 0
+    assert "network: 1 pairs were not registered: b" in capsys.readouterr().out
+
+
+def test_a_results_file_cut_off_in_a_line_is_read_up_to_there(tmp_path, pairs, capsys):
+    network = batch(tmp_path / "network", pairs)
+    results = Path(network) / "results.jsonl"
+    results.write_text(results.read_text()[:-40])
+    assert evaluate(tmp_path, network) == 0
+    assert {id_ for _, id_ in cases(tmp_path)} == {"a"}
+
+
+def test_what_cannot_be_measured_is_said_and_the_rest_written(tmp_path, pairs, capsys):
+    network = batch(tmp_path / "network", pairs)
+    (tmp_path / "network" / "pairs" / "a" / "warp.nii.gz").write_bytes(b"")
+    assert evaluate(tmp_path, network, "--json") == 1
+    said = capsys.readouterr()
+    assert "error: 1 of 6 registrations could not be measured" in said.err
+    assert "the first, a by network" in said.err
+    assert "warp.nii.gz is empty" in said.err
+    assert [each["id"] for each in json.loads(said.out)["failures"]] == ["a"]
+    assert ("network", "a") not in cases(tmp_path)
+    assert ("network", "b") in cases(tmp_path)
+
+
+def test_nothing_is_replaced_unasked(tmp_path, pairs, capsys):
+    network = batch(tmp_path / "network", pairs[:1])
+    assert evaluate(tmp_path, network) == 0
+    before = (tmp_path / "report" / "cases.csv").read_bytes()
+    assert evaluate(tmp_path, network) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert evaluate(tmp_path, network, "--overwrite", "--labels", "9") == 0
+    assert (tmp_path / "report" / "cases.csv").read_bytes() != before
+
+
+def test_labels_can_be_chosen(tmp_path, pairs):
+    network = batch(tmp_path / "network", pairs[:1])
+    assert evaluate(tmp_path, network, "--labels", "9,4") == 0
+    with open(tmp_path / "report" / "labels.csv", encoding="utf-8") as file:
+        assert {each["label"] for each in csv.DictReader(file)} == {"4", "9"}
+
+
+def unlabelled(pair):
+    return replace(pair, moving_labels=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["{none}"], 1, "none holds no results"),
+        (["{bare}"], 1, "none of 2 pairs has labels or landmarks of both scans"),
+        (["{failed}"], 1, "no pair is registered"),
+        (["{warpless}"], 1, "2 of 6 registrations could not be measured"),
+        (["{network}", "{network}"], 2, "two methods are called network"),
+        (["zero-displacement={network}"], 2, "two methods are called zero-displacement"),
+        (["a b={network}"], 2, "'a b' cannot name a method"),
+        (["{network}", "{other}"], 1, "the pair a has another moving than in"),
+        (["{list}", "{network}"], 2, "is a list of pairs, expected nothing beside it"),
+        (["{network}", "--labels", "1;2"], 2, "--labels is '1;2', expected all, or whole numbers"),
+        (["{network}", "--protocol", "lpba"], 1, "there is no protocol 'lpba'"),
+        (["{network}", "--workers", "0"], 2, "--workers is 0, expected at least 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, pairs, capsys, arguments, status, message):
+    swapped = [replace(pair, moving=pair.fixed) for pair in pairs]
+    failed = [row(pair, "failed", {}) for pair in pairs]
+    sources = {
+        "none": str(tmp_path / "none"),
+        "list": str(tmp_path / "pairs.csv"),
+        "network": batch(tmp_path / "network", pairs),
+        "other": batch(tmp_path / "other", swapped),
+        "bare": batch(tmp_path / "bare", [], rows=[row(unlabelled(pair)) for pair in pairs]),
+        "failed": batch(tmp_path / "failed", [], rows=failed),
+        "warpless": batch(
+            tmp_path / "warpless", [], rows=[row(pair, outputs={}) for pair in pairs]
+        ),
+    }
+    assert evaluate(tmp_path, *(each.format(**sources) for each in arguments)) == status
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "hint: " in said.err
+    assert not list((tmp_path / "report").glob("*")) or "could not be measured" in message
+
+
+def test_all_that_fails_leaves_no_report(tmp_path, pairs, capsys):
+    network = batch(tmp_path / "network", pairs)
+    for pair in pairs:
+        pair.fixed.write_bytes(b"")
+    assert evaluate(tmp_path, network) == 1
+    assert "error: a: " in capsys.readouterr().err
+    assert not list((tmp_path / "report").iterdir())
+
+
+def test_without_scipy_it_says_what_to_install(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(optional.importlib, "import_module", missing)
+    arguments = argparse.Namespace(results=["x"])
+    with pytest.raises(BackendUnavailable, match="scipy is not installed") as error:
+        evaluate_module.run(arguments, None)
+    assert error.value.hint == "pip install 'ulae-rt[evaluate]'"
