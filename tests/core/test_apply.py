@@ -1,0 +1,421 @@
+"""`ulae-rt apply`: what it gives against ITK, ANTs and scipy, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy.ndimage import map_coordinates
+
+from _support.brains import GEOMETRIES, grid_affine, save_brain, world
+from ulae_rt import apply as apply_module
+from ulae_rt.cli import main
+from ulae_rt.imaging.grid import grid_of
+from ulae_rt.imaging.nifti import read_volume, write_volume
+from ulae_rt.imaging.transform import warp_image
+from ulae_rt.imaging.warpfile import Warp
+
+# Oblique and anisotropic, and flipped: no axis of one is an axis of the other.
+FIXED = GEOMETRIES["oblique"]
+MOVING = GEOMETRIES["LIA"]
+TURN = nib.affines.from_matvec(
+    nib.eulerangles.euler2mat(0.1, -0.05, 0.08) @ np.diag([1.05, 0.95, 1.1]), [3.0, -4.0, 2.0]
+)
+# Values of up to 250, positions in single precision some 100 mm from the origin (1e-5 mm), and
+# edges of the head where neighbours differ by all of it.
+ROUNDING = 5e-3
+
+
+def wave(points):
+    """A smooth displacement in mm at ``points`` (..., 3), no component like another."""
+    x, y, z = np.moveaxis(points, -1, 0) / 12
+    return 2.5 * np.stack([np.sin(y), 0.7 * np.cos(z + 1), np.sin(x) * np.cos(z)], -1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    moving = read_volume(save_brain(folder / "moving.nii.gz", *MOVING))
+    fixed = read_volume(save_brain(folder / "fixed.nii.gz", *FIXED))
+    labels = np.digitize(moving.data, [1, 60, 90, 120, 160]).astype(np.int16)
+    write_volume(folder / "labels.nii.gz", labels, moving)
+    points = world(*FIXED)
+    disp = nib.affines.apply_affine(TURN, points + wave(points)) - points
+    Warp(disp.astype(np.float32), fixed).save(folder / "warp.nii.gz")
+    Warp(wave(points).astype(np.float32), fixed).save(folder / "wave.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def files(made, tmp_path):
+    """Moving, its labels and fixed; wave.nii.gz; warp.nii.gz, the wave and then `TURN`."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def apply(folder, *flags, image="moving", reference="fixed", out="out", transforms=("warp",)):
+    """Run the command; a name without a dot is a .nii.gz in ``folder``."""
+
+    def path(name):
+        inverted = name.startswith("[")
+        name = name.strip("[]").removesuffix(",1")
+        name = str(folder / (name if "." in name else f"{name}.nii.gz"))
+        return f"[{name},1]" if inverted else name
+
+    named = [("-i", image), ("-r", reference), ("-o", out), *(("-t", t) for t in transforms)]
+    return main(["apply", *(w for flag, name in named for w in (flag, path(name))), *flags])
+
+
+def values(folder, name="out"):
+    return np.asanyarray(nib.load(folder / f"{name}.nii.gz").dataobj)
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def itk_applies(folder, transform, image="moving", reference="fixed", method=sitk.sitkLinear):
+    """What a user of SimpleITK gets."""
+    pixel = sitk.sitkFloat32 if method == sitk.sitkLinear else sitk.sitkUnknown
+    moved = sitk.Resample(
+        sitk.ReadImage(str(folder / f"{image}.nii.gz")),
+        sitk.ReadImage(str(folder / f"{reference}.nii.gz")),
+        transform, method, 0.0, pixel,
+    )  # fmt: skip
+    return sitk.GetArrayFromImage(moved).transpose(2, 1, 0)
+
+
+def itk_field(folder, name="warp"):
+    image = sitk.ReadImage(str(folder / f"{name}.nii.gz"), sitk.sitkVectorFloat64)
+    return sitk.DisplacementFieldTransform(image)
+
+
+def itk_affine(matrix=TURN):
+    flip = np.diag([-1.0, -1, 1, 1])
+    lps = flip @ matrix @ flip
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(lps[:3, :3].ravel().tolist())
+    transform.SetTranslation(lps[:3, 3].tolist())
+    return transform
+
+
+def close(ours, theirs):
+    """Apart from the outermost voxels, where a position's last digit decides between in and out."""
+    inside = (slice(2, -2),) * 3
+    return np.abs(ours - theirs)[inside].max() < ROUNDING
+
+
+@pytest.mark.parametrize("fmt", ["itk", "ras", "voxel"])
+def test_a_warp_gives_the_image_it_was_made_with(files, fmt):
+    fixed, moving = (read_volume(files / f"{n}.nii.gz") for n in ("fixed", "moving"))
+    points = world(*FIXED)
+    disp = nib.affines.apply_affine(TURN, points + wave(points)) - points
+    Warp(disp.astype(np.float32), fixed).save(files / "w.nii.gz", fmt)
+    assert apply(files, transforms=["w"]) == 0
+    moved = warp_image(moving, disp.astype(np.float32), grid_of(fixed))
+    if fmt == "voxel":  # there and back through the grid's matrix
+        assert np.abs(values(files) - moved).max() < ROUNDING
+    else:
+        np.testing.assert_array_equal(values(files), moved)
+    written, like = nib.load(files / "out.nii.gz").header, nib.load(files / "fixed.nii.gz").header
+    assert written.get_data_dtype() == np.float32
+    for field in ("srow_x", "srow_y", "srow_z", "quatern_b", "sform_code", "qform_code"):
+        assert written[field].tobytes() == like[field].tobytes()
+    assert close(values(files), itk_applies(files, itk_field(files)))
+
+
+def test_several_images_in_one_call(files, capsys):
+    second = [f"{files}/{name}" for name in ("labels.nii.gz", "out2.nii.gz")]
+    assert apply(files, "-i", second[0], "-o", second[1], "--json", "--interp", "nearest") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["outputs"] == [f"{files}/out.nii.gz", f"{files}/out2.nii.gz"]
+    assert said["interp"] == "nearest"
+    for out, image in (("out", "moving"), ("out2", "labels")):
+        seen = itk_applies(files, itk_field(files), image, method=sitk.sitkNearestNeighbor)
+        assert values(files, out).dtype == np.int16
+        # A position half-way between two voxels may go to either.
+        assert np.count_nonzero(values(files, out) != seen) <= 1e-4 * seen.size
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+def test_nearest_keeps_labels_and_their_type(files, dtype):
+    labels = nib.load(files / "labels.nii.gz")
+    data = np.asarray(labels.dataobj).astype(dtype) * (40 if dtype == np.uint8 else 1000)
+    nib.save(nib.Nifti1Image(data, labels.affine), files / "typed.nii.gz")
+    assert apply(files, "--interp", "nearest", image="typed") == 0
+    # What is wider than the images of this package comes out as they do.
+    assert values(files).dtype == (np.float32 if dtype == np.float64 else dtype)
+    assert set(np.unique(values(files))) == set(np.unique(data))
+
+
+def test_labels_given_to_linear_are_warned_of(files, caplog):
+    assert apply(files, image="labels") == 0
+    assert "labels.nii.gz looks like a label map: --interp nearest keeps" in caplog.text
+    caplog.clear()
+    assert apply(files, "--overwrite") == 0
+    assert apply(files, "--overwrite", "--interp", "nearest", image="labels") == 0
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("scan", ["colin27_brain.nii.gz", "mni152_2009a_brain.nii.gz"])
+def test_whole_number_scans_are_no_labels(samples, scan):
+    assert not apply_module._looks_like_labels(read_volume(samples[0].with_name(scan)).data)
+
+
+def test_an_empty_mask_is_carried(files):
+    mask = np.zeros(MOVING[0], np.uint8)
+    write_volume(files / "mask.nii.gz", mask, read_volume(files / "moving.nii.gz"))
+    assert apply(files, "--interp", "nearest", image="mask") == 0
+    assert not values(files).any()
+
+
+CROP = nib.affines.from_matvec(np.eye(3), [8, 5, 4])
+COARSE = nib.affines.from_matvec(np.diag([2.0, 2, 2]), [0.5, 0.5, 0.5])
+# Half a voxel out on every side: as far as the outermost voxels reach.
+FINE = nib.affines.from_matvec(np.diag([0.5, 0.5, 0.5]), [-0.25, -0.25, -0.25])
+
+
+@pytest.mark.parametrize(
+    ("shape", "step"),
+    [((40, 50, 20), CROP), ((32, 32, 18), COARSE), ((128, 128, 72), FINE)],
+    ids=["crop", "coarse", "fine"],
+)
+@pytest.mark.parametrize("fmt", ["itk", "ras"])
+def test_a_reference_inside_the_field(files, shape, step, fmt):
+    warp = nib.load(files / "warp.nii.gz")
+    disp = np.asarray(warp.dataobj)[:, :, :, 0] * [-1, -1, 1]
+    affine = warp.affine @ step
+    nib.save(nib.Nifti1Image(np.ones(shape, np.uint8), affine), files / "ref.nii.gz")
+    Warp(disp.astype(np.float32), read_volume(files / "fixed.nii.gz")).save(files / "w.nii.gz", fmt)
+    assert apply(files, reference="ref", transforms=["w"]) == 0
+    points = world(shape, affine)
+    index = np.moveaxis(nib.affines.apply_affine(np.linalg.inv(warp.affine), points), -1, 0)
+    there = points + np.stack(
+        [map_coordinates(disp[..., c], index, order=1, mode="nearest") for c in range(3)], -1
+    )
+    moving = nib.load(files / "moving.nii.gz")
+    at = np.moveaxis(nib.affines.apply_affine(np.linalg.inv(moving.affine), there), -1, 0)
+    seen = map_coordinates(moving.get_fdata(), at, order=1)
+    # Beyond the outermost voxel's centre scipy fades to 0, ITK half a voxel further on.
+    inside = ((at >= 0) & (at <= np.array(MOVING[0])[:, None, None, None] - 1)).all(0)
+    assert np.abs(values(files) - seen)[inside].max() < 0.05  # displacements rounded in between
+    assert values(files).max() > 100
+
+
+def composite(*transforms):
+    """As a point goes through them; SimpleITK has the first one last."""
+    return sitk.CompositeTransform(list(reversed(transforms)))
+
+
+def test_transforms_come_in_the_order_of_ants(files):
+    """-t WAVE -t TURN: a point of REFERENCE goes through the wave first, the image last."""
+    for name in ("turn.mat", "turn.txt", "turn.tfm", "turn.h5", "turn.xfm"):
+        sitk.WriteTransform(itk_affine(), str(files / name))
+        assert apply(files, "--overwrite", transforms=["wave", name]) == 0
+        assert close(values(files), itk_applies(files, itk_field(files)))
+        seen = itk_applies(files, composite(itk_field(files, "wave"), itk_affine()))
+        assert close(values(files), seen)
+    # The other way round is another image.
+    assert apply(files, "--overwrite", transforms=["turn.mat", "wave"]) == 0
+    seen = itk_applies(files, composite(itk_affine(), itk_field(files, "wave")))
+    assert close(values(files), seen)
+    assert not close(values(files), itk_applies(files, itk_field(files)))
+
+
+def test_an_affine_alone_and_its_inverse(files):
+    sitk.WriteTransform(itk_affine(), str(files / "turn.mat"))
+    assert apply(files, transforms=["turn.mat"]) == 0
+    assert close(values(files), itk_applies(files, itk_affine()))
+    assert apply(files, "--overwrite", transforms=["[turn.mat,1]"]) == 0
+    assert close(values(files), itk_applies(files, itk_affine(np.linalg.inv(TURN))))
+    assert apply(files, "--overwrite", transforms=["turn.mat", "[turn.mat,1]"]) == 0
+    assert close(values(files), itk_applies(files, sitk.Transform()))
+
+
+def test_a_composite_file_is_all_its_parts(files):
+    parts = itk_field(files, "wave"), itk_affine(), itk_affine(np.linalg.inv(TURN))
+    sitk.WriteTransform(composite(*parts), str(files / "c.h5"))
+    assert apply(files, transforms=["c.h5"]) == 0
+    assert close(values(files), itk_applies(files, itk_field(files, "wave")))
+
+
+def test_learn2reg_warps_are_carried_out(files):
+    """On one grid, the fixed image's; the .npz says nothing of it."""
+    fixed = read_volume(files / "fixed.nii.gz")
+    warp = Warp(wave(world(*FIXED)).astype(np.float32), fixed, grid_of(fixed))
+    warp.save(files / "w.npz", "l2r")
+    assert apply(files, image="fixed", transforms=["w.npz"]) == 0
+    seen = warp_image(fixed, warp.disp, grid_of(fixed))
+    assert np.abs(values(files) - seen).max() < ROUNDING
+    header = nib.Nifti1Image(np.load(files / "w.npz")["disp"], np.eye(4))
+    nib.save(header, files / "w.nii.gz")
+    flags = ("--overwrite", "--warp-format", "l2r")
+    assert apply(files, *flags, image="fixed", transforms=["w"]) == 0
+    assert np.abs(values(files) - seen).max() < ROUNDING
+
+
+def test_a_later_field_that_breaks_off_is_warned_of(files, caplog):
+    away = nib.affines.from_matvec(np.eye(3), [20, 0, 0])
+    sitk.WriteTransform(itk_affine(away), str(files / "away.mat"))
+    assert apply(files, transforms=["away.mat", "warp"]) == 0
+    assert "of the voxels get out of the field of" in caplog.text
+    assert close(values(files), itk_applies(files, composite(itk_affine(away), itk_field(files))))
+    caplog.clear()
+    # One that ends at 0, as those of ANTs do, has nothing to break off.
+    points = world(*FIXED)
+    index = np.moveaxis(np.indices(FIXED[0]), 0, -1)
+    edge = ((index == 0) | (index == np.array(FIXED[0]) - 1)).any(-1)
+    disp = np.where(edge[..., None], 0, wave(points)).astype(np.float32)
+    Warp(disp, read_volume(files / "fixed.nii.gz")).save(files / "calm.nii.gz")
+    assert apply(files, "--overwrite", transforms=["away.mat", "calm"]) == 0
+    assert not caplog.text
+
+
+@pytest.fixture(scope="module")
+def all_wrong(made, tmp_path_factory):
+    files = tmp_path_factory.mktemp("wrong")
+    shutil.copytree(made, files, dirs_exist_ok=True)
+    far = nib.affines.from_matvec(np.eye(3), [500, 0, 0])
+    shape, affine = FIXED
+    shifted = nib.affines.from_matvec(np.eye(3), [10, 0, 0])
+    larger = grid_affine((90, 90, 60), (1, 1.3, 2), angles_deg=(20, -10, 15))
+    save_brain(files / "shifted.nii.gz", shape, affine @ shifted)
+    save_brain(files / "larger.nii.gz", *larger)
+    save_brain(files / "far.nii.gz", MOVING[0], far @ MOVING[1])
+    nib.save(nib.Nifti1Image(np.zeros((*shape, 4), np.float32), affine), files / "series.nii.gz")
+    data = nib.load(files / "moving.nii.gz").get_fdata(dtype=np.float32)
+    data[5, 5, 5] = np.nan
+    nib.save(nib.Nifti1Image(data, MOVING[1]), files / "nan.nii.gz")
+    whole = (files / "warp.nii.gz").read_bytes()
+    (files / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    foreign = nib.Nifti1Image(np.zeros((*shape, 3), np.float32), affine)
+    nib.save(foreign, files / "foreign.nii.gz")
+    np.savez(files / "small.npz", disp=np.zeros((4, 4, 4, 3), np.float32))
+    (files / "fsl.mat").write_text("1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n")
+    (files / "text.h5").write_text("no transform")
+    sitk.WriteTransform(itk_affine(), str(files / "turn.h5"))
+    whole = (files / "turn.h5").read_bytes()
+    (files / "cut.h5").write_bytes(whole[: len(whole) // 2])
+    sitk.WriteTransform(sitk.AffineTransform(2), str(files / "flat.mat"))
+    sitk.WriteTransform(itk_affine(np.diag([1.0, 1, 0, 1])), str(files / "turn.mat"))
+    sitk.WriteTransform(sitk.TranslationTransform(3, [np.nan, 0, 0]), str(files / "nan.mat"))
+    sitk.WriteTransform(itk_affine(far), str(files / "far.mat"))
+    return files
+
+
+@pytest.fixture
+def wrong(all_wrong, tmp_path):
+    """Files that cannot be used, beside those that can."""
+    shutil.copytree(all_wrong, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "status", "message"),
+    [
+        # by geometry
+        ({"reference": "shifted"}, [], 1, "shifted.nii.gz reaches 9.5 mm out of the field of"),
+        ({"reference": "larger"}, [], 1, "mm out of the field of"),
+        ({"image": "far"}, [], 1, "lead nowhere into {dir}/far.nii.gz: they end 4"),
+        ({"reference": "shifted", "transforms": ["foreign"]}, ["--warp-format", "voxel"], 1,
+         "is in voxels of its own grid, and {dir}/shifted.nii.gz is another: they lie up to 10 mm"),
+        ({"transforms": ["small.npz"]}, [], 1, "has size 4x4x4x3, expected 64x64x36x3, the grid"),
+        ({"transforms": ["far.mat", "warp"]}, [], 1, "no voxel gets into the field of"),
+        # no transforms
+        ({"transforms": ["moving"]}, [], 1, "expected XxYxZx1x3 or XxYxZx3"),
+        ({"transforms": ["series"]}, [], 1, "expected XxYxZx1x3 or XxYxZx3"),
+        ({"transforms": ["cut"]}, [], 1, "truncated or damaged"),
+        ({"transforms": ["foreign"]}, [], 2, "does not say its unit"),
+        ({}, ["--warp-format", "ras"], 2, "is a warp of format itk, not ras"),
+        ({"transforms": ["none"]}, [], 1, "none.nii.gz does not exist"),
+        ({"transforms": ["none.mat"]}, [], 1, "none.mat does not exist"),
+        ({"transforms": ["fsl.mat"]}, [], 1, "fsl.mat is not a readable ITK transform: failed to"),
+        ({"transforms": ["text.h5"]}, [], 1, "text.h5 is truncated, or not an HDF5 file"),
+        ({"transforms": ["cut.h5"]}, [], 1, "cut.h5 is truncated, or not an HDF5 file"),
+        ({"transforms": ["flat.mat"]}, [], 1, "is a transform of 2 dimensions, expected 3"),
+        ({"transforms": ["nan.mat"]}, [], 1, "nan.mat has NaN or Inf"),
+        ({"transforms": ["x.m3z"]}, [], 2, "x.m3z is no kind of transform that is known"),
+        ({"transforms": ["[warp.nii.gz,1]"]}, [], 2, "warp.nii.gz cannot be inverted on the way"),
+        ({"transforms": ["[turn.mat,1]"]}, [], 2, "turn.mat cannot be inverted on the way"),
+        # images
+        ({"image": "nan"}, [], 1, "nan.nii.gz has 1 NaN or Inf voxels"),
+        ({"image": "series"}, [], 1, "expected one 3-D volume"),
+        ({"image": "none"}, [], 1, "none.nii.gz does not exist"),
+        ({"reference": "series"}, [], 1, "expected one 3-D volume"),
+        ({"reference": "none"}, [], 1, "none.nii.gz does not exist"),
+        # outputs
+        ({}, ["-o", "x.nii.gz"], 2, "there are 1 -i and 2 -o, expected one -o for each -i"),
+        ({}, ["-i", "x.nii.gz"], 2, "there are 2 -i and 1 -o, expected one -o for each -i"),
+        ({"out": "moving"}, ["--overwrite"], 2, "moving.nii.gz is also an input"),
+        ({"out": "warp"}, ["--overwrite"], 2, "warp.nii.gz is also an input"),
+        ({"out": "fixed"}, ["--overwrite"], 2, "fixed.nii.gz is also an input"),
+        ({"out": "labels"}, [], 1, "labels.nii.gz exists already"),
+        ({"out": "no/out.nii.gz"}, [], 1, "no does not exist"),
+        ({"out": "out.mha"}, [], 2, "out.mha must end in .nii.gz or .nii"),
+        # Found when the first image is written already: neither stays.
+        ({}, ["-i", "{dir}/nan.nii.gz", "-o", "{dir}/second.nii.gz"], 1, "NaN or Inf voxels"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_two_lines_and_leave_nothing(wrong, capfd, changes, flags, status, message):
+    before = {path: path.read_bytes() for path in wrong.iterdir()}
+    assert apply(wrong, *(flag.format(dir=wrong) for flag in flags), **changes) == status
+    said = capfd.readouterr().err.strip().splitlines()
+    assert message.format(dir=wrong) in said[0]
+    assert said[0].startswith("error: ")
+    assert said[1].startswith("hint: ")
+    assert len(said) == 2
+    assert {path: path.read_bytes() for path in wrong.iterdir()} == before
+
+
+STOPPED = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ulae_rt import apply, cli
+def slow(image, path):
+    path.write_bytes(b"half")
+    print("half", flush=True)
+    time.sleep(60)
+apply.save_image = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_writing_leaves_no_file(files, stop):
+    before = names(files)
+    flags = ["-i", "moving.nii.gz", "-r", "fixed.nii.gz", "-t", "warp.nii.gz", "-o", "out.nii.gz"]
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED, "apply", *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=files,
+    ) as running:  # fmt: skip
+        assert running.stdout.readline() == b"half\n"
+        assert len(names(files)) > len(before)
+        running.send_signal(stop)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said.decode().strip() == "error: interrupted; nothing half-written was left behind"
+    assert names(files) == before
+
+
+def test_it_needs_no_torch(files):
+    body = (
+        "import sys; from ulae_rt import cli; cli.main(sys.argv[1:]); print('torch' in sys.modules)"
+    )
+    flags = ["-i", "moving.nii.gz", "-r", "fixed.nii.gz", "-t", "warp.nii.gz", "-o", "out.nii.gz"]
+    done = subprocess.run(
+        [sys.executable, "-c", body, "apply", *flags], capture_output=True, text=True, cwd=files
+    )
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_closed_folder_is_said_at_once(files, capsys):
+    (files / "closed").mkdir(mode=0o500)
+    assert apply(files, out="closed/out.nii.gz") == 1
+    assert "closed cannot be written to" in capsys.readouterr().err
