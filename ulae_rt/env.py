@@ -31,3 +31,8 @@ def c_compiler() -> str | None:
 def data_dir() -> str | None:
     """``ULAE_RT_DATA``: the folder with the evaluation data that tests and benches use."""
     return os.environ.get("ULAE_RT_DATA")
+
+
+def with_itk_threads(count: int) -> dict[str, str]:
+    """The environment of a process whose ITK is to have ``count`` threads."""
+    return {**os.environ, "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": str(count)}

@@ -81,6 +81,10 @@ class BackendUnavailable(UlaeError, RuntimeError):
     """A device, a library or a kernel that was asked for and is not there."""
 
 
+class BaselineError(UlaeError, RuntimeError):
+    """Another package that failed to register a pair."""
+
+
 class ExportError(UlaeError, RuntimeError):
     """An artefact that could not be made."""
 

@@ -100,6 +100,10 @@ class Method(Protocol[TargetT, PairT]):
         """What it is, for people."""
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What its results depend on, for JSON."""
+
+    @property
     def at_once(self) -> int:
         """Pairs that `deform` is best given together."""
 
@@ -211,6 +215,17 @@ class Registrar:
         """The network's."""
         return self.network.description
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its results depend on, for JSON."""
+        return {
+            "method": "network",
+            "weights_sha256": self.network.weights_sha256,
+            "precision": self.network.precision,
+            "spacing_mm": self.network.metadata.spacing_mm,
+            "affine": self.affine,
+        }
+
     def target(self, fixed: Scan) -> _TargetOnGrid:
         """Read a fixed scan and bring it to the network's grid."""
         volume = as_volume(fixed, "fixed")
@@ -247,7 +262,7 @@ class Registrar:
                 fixed = as_volume(fixed, "fixed")
         with clock("preprocess"):
             target = fixed if isinstance(fixed, _TargetOnGrid) else self.target(fixed)
-            _warn_same(moving_volume, target.volume)
+            warn_same(moving_volume, target.volume)
             cleaned = with_background(moving_volume)
         with clock("affine"):
             affine = register_affine(cleaned, target.cleaned, self.affine)
@@ -390,7 +405,8 @@ def as_volume(scan: Scan, name: str, kind: Kind = "image") -> Volume:
     return volume_from_image(scan, name=name, kind=kind)
 
 
-def _warn_same(moving: Volume, fixed: Volume) -> None:
+def warn_same(moving: Volume, fixed: Volume) -> None:
+    """Say so if a pair is one image twice."""
     same_file = moving.path is not None and fixed.path is not None
     same_file = same_file and os.path.samefile(str(moving.path), str(fixed.path))
     if same_file or (

@@ -13,6 +13,7 @@ LAYERS = {
     "ulae_rt.__main__": "commands",
     "ulae_rt.allocator": "leaves",
     "ulae_rt.apply": "commands",
+    "ulae_rt.baselines": "baselines",
     "ulae_rt.batch": "commands",
     "ulae_rt.batching": "batching",
     "ulae_rt.cli": "commands",
@@ -55,11 +56,12 @@ MAY_IMPORT = {
         "package", "leaves", "kernels", "model", "imaging", "engines", "export", "commands",
     },
     "runtime": {"package", "leaves", "kernels", "model", "imaging", "engines", "runtime"},
+    "baselines": {"package", "leaves", "imaging", "runtime", "baselines"},
     "batching": {"package", "leaves", "imaging", "runtime", "batching"},
     "evaluation": {"package", "leaves", "imaging", "batching", "evaluation"},
     "commands": {
         "package", "leaves", "kernels", "model", "imaging", "engines", "runtime", "training",
-        "batching", "evaluation", "commands",
+        "baselines", "batching", "evaluation", "commands",
     },
 }  # fmt: skip
 

@@ -1,0 +1,238 @@
+"""Other packages' registrations, told in our terms: what they see is what we write."""
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from _support.brains import GEOMETRIES, brain_at, centre_of, grid_affine, save_brain, world
+from ulae_rt.baselines import packages
+from ulae_rt.baselines.method import BASELINES, Baseline, BaselineOptions
+from ulae_rt.baselines.packages import Job
+from ulae_rt.baselines.process import PackageProcess
+from ulae_rt.batching.pairs import Pair
+from ulae_rt.batching.pipeline import Pipeline, Wanted
+from ulae_rt.batching.results import ResultsFolder
+from ulae_rt.errors import BackendUnavailable, BaselineError, UsageError
+from ulae_rt.imaging.grid import Grid, from_sitk, resample
+from ulae_rt.imaging.nifti import read_volume, volume_from_array
+from ulae_rt.imaging.transform import Deformation, warp_image
+from ulae_rt.registrar import finish
+
+# Coarse, so that SyN takes a second; no axis where another would be.
+FIXED = {
+    "LAS": grid_affine((34, 42, 30), (2, 2, 2), "LAS"),
+    "anisotropic": grid_affine((34, 34, 20), (2, 2.6, 3), "LPS"),
+    "oblique-PIR": grid_affine((36, 40, 24), (2, 2.2, 3), "PIR", (20, -10, 15), (12, -30, 40)),
+}
+
+
+def job_on(name: str) -> Job:
+    """A fixed brain about 0 of its grid, and one that lies elsewhere, larger and turned."""
+    shape, grid = FIXED[name]
+    centred = nib.affines.from_matvec(np.eye(3), -centre_of(shape, grid))
+    fixed = brain_at(nib.affines.apply_affine(centred, world(shape, grid)))
+    moving_shape, moving_grid = grid_affine((56, 68, 50), (1.6, 1.6, 1.6), "LIA")
+    turn = nib.eulerangles.euler2mat(0.1, 0.05, -0.1) @ np.diag([1.1, 1, 0.95])
+    pull = nib.affines.from_matvec(turn, (3, -4, 2))
+    moving = brain_at(nib.affines.apply_affine(pull, world(moving_shape, moving_grid)))
+    affine = np.linalg.inv(pull) @ centred
+    affine[:3, 3] += (2, -1, 1)  # leaves something to the deformation
+    return Job(np.float32(moving), moving_grid, np.float32(fixed), grid, affine)
+
+
+def ours(job: Job, u_mm: np.ndarray) -> np.ndarray:
+    """Moved as every method's is."""
+    grid = Grid(job.fixed.shape, job.fixed_grid)
+    disp = np.tensordot(np.linalg.inv(grid.affine[:3, :3]), u_mm, (1, 3)).astype(np.float32)
+    moving = volume_from_array(job.moving, job.moving_grid, name="moving")
+    return warp_image(moving, Deformation(disp, grid, job.affine).sample(grid), grid)
+
+
+# Whoever is wrong by a sign, an axis or an order is off by tens of grey values of 250. Both sample
+# at points that differ by the rounding of float32 coordinates, 1e-5 mm of 100, on edges of up to
+# 100 grey values a millimetre.
+ROUNDING = 5e-3
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_syn_moves_as_ants_itself_does(name, tmp_path, monkeypatch):
+    ants = pytest.importorskip("ants")
+    monkeypatch.chdir(tmp_path)
+    job = job_on(name)
+    u_mm = packages.syn(job, 1)
+    assert np.linalg.norm(u_mm, axis=-1).max() > 1
+    theirs = ants.apply_transforms(
+        packages._to_ants(ants, job.fixed, job.fixed_grid),
+        packages._to_ants(ants, job.moving, job.moving_grid),
+        ["syn-1Warp.nii.gz", "syn-0GenericAffine.mat"],
+    ).numpy()
+    np.testing.assert_allclose(ours(job, u_mm), theirs, atol=ROUNDING)
+    assert np.corrcoef(theirs.ravel(), job.fixed.ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_greedy_moves_as_greedy_itself_does(name, tmp_path, monkeypatch):
+    package = pytest.importorskip("picsl_greedy")
+    kept = []
+
+    class Kept(package.Greedy3D):
+        def __init__(self):
+            super().__init__()
+            kept.append(self)
+
+    monkeypatch.setattr(package, "Greedy3D", Kept)
+    monkeypatch.chdir(tmp_path)
+    job = job_on(name)
+    u_mm = packages.greedy(job, 1)
+    assert np.linalg.norm(u_mm, axis=-1).max() > 1
+    kept[0].execute(
+        "-threads 1 -rf fixed -ri LINEAR -rm moving moved -r warp affine.mat", moved=None
+    )
+    theirs = from_sitk(kept[0]["moved"])
+    np.testing.assert_array_equal(u_mm, packages.greedy(job, 1))  # the same every time
+    np.testing.assert_allclose(ours(job, u_mm), theirs, atol=ROUNDING)
+    assert np.corrcoef(theirs.ravel(), job.fixed.ravel())[0, 1] > 0.98
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    folder = tmp_path / "temporary files"  # a space, as some have
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_process_answers_job_after_job_and_leaves_nothing(temporary, capfd):
+    pytest.importorskip("picsl_greedy")
+    job = job_on("anisotropic")
+    process = PackageProcess("greedy", 1)
+    first = process.run(job)
+    assert first.shape == (*job.fixed.shape, 3)
+    assert first.dtype == np.float32
+    running = process._running
+    np.testing.assert_array_equal(process.run(job), first)
+    assert process._running is running
+    assert [path.name[:8] for path in temporary.iterdir()] == ["ulae-rt-"]
+    del process
+    assert running[0].poll() is not None
+    assert not list(temporary.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_the_package_says_is_the_error(temporary):
+    pytest.importorskip("picsl_greedy")
+    job = job_on("anisotropic")
+    process = PackageProcess("greedy", 1)
+    flat = Job(job.moving[:, :, 0], job.moving_grid, job.fixed, job.fixed_grid, job.affine)
+    with pytest.raises(BaselineError, match="greedy failed: "):
+        process.run(flat)
+    assert process.run(job).shape == (*job.fixed.shape, 3)
+    process.close()
+
+
+def test_a_crash_is_an_error_and_the_next_job_runs(temporary):
+    pytest.importorskip("picsl_greedy")
+    job = job_on("anisotropic")
+    process = PackageProcess("greedy", 1)
+    process.run(job)
+    os.kill(process._running[0].pid, signal.SIGKILL)
+    with pytest.raises(BaselineError, match="greedy ended with status -9: ") as caught:
+        process.run(job)
+    assert "memory" in caught.value.hint
+    assert not list(temporary.iterdir())
+    assert process.run(job).shape == (*job.fixed.shape, 3)
+    process.close()
+    assert not list(temporary.iterdir())
+
+
+def test_the_process_ends_when_nobody_is_there_any_more(temporary):
+    pytest.importorskip("picsl_greedy")
+    process = PackageProcess("greedy", 1)
+    child, folder = process._start()
+    child.stdin.close()  # as when this process was killed
+    assert child.wait(60) == 0
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("name", "module"), [("syn", "ants"), ("greedy", "picsl_greedy")])
+def test_a_missing_package_is_said_before_any_work(name, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BackendUnavailable, match=f"{module} ") as caught:
+        BaselineOptions(name).open()
+    assert "pip install 'ulae-rt[baselines]'" in caught.value.hint
+
+
+def test_an_unknown_baseline():
+    with pytest.raises(UsageError, match="'elastix', expected one of affine, syn, greedy"):
+        Baseline("elastix")
+
+
+def test_settings_name_the_package_and_its_version():
+    pytest.importorskip("picsl_greedy")
+    found = Baseline("greedy", "com").settings
+    assert found["method"] == "greedy"
+    assert found["affine"] == "com"
+    assert found["made_by"].startswith("picsl_greedy 1.")
+    assert "-m NCC 2x2x2 -n 100x100x40 -s 1.6vox 0.7vox" in found["made_by"]
+    assert Baseline("affine").settings["made_by"] == "affine alignment only"
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    save_brain(folder / "fixed.nii.gz", *FIXED["oblique-PIR"])
+    shape, grid = GEOMETRIES["LAS"]
+    save_brain(folder / "moving.nii.gz", shape, grid, pull=np.diag([1.2, 0.9, 1.1, 1]))
+    return folder
+
+
+def test_affine_only_is_the_affine(scans):
+    baseline = Baseline("affine", "com")
+    pair = baseline.prepare(scans / "moving.nii.gz", baseline.target(scans / "fixed.nii.gz"))
+    result = finish(pair, baseline.deform([pair])[0])
+    moving, fixed = read_volume(scans / "moving.nii.gz"), read_volume(scans / "fixed.nii.gz")
+    expected = resample(moving, Grid(fixed.shape, fixed.affine), pair.affine)
+    assert not np.array_equal(pair.affine, np.eye(4))
+    # A displacement in float32 mm, on edges of up to 100 grey values a millimetre.
+    np.testing.assert_allclose(result.moved.get_fdata(), expected, atol=ROUNDING)
+    determinant = np.linalg.det(pair.affine[:3, :3])
+    np.testing.assert_allclose(result.jacobian, determinant, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_batch_is_written_as_the_network_s(name, scans, tmp_path):
+    if name != "affine":
+        pytest.importorskip({"syn": "ants", "greedy": "picsl_greedy"}[name])
+    pairs = [
+        Pair("good", scans / "moving.nii.gz", scans / "fixed.nii.gz"),
+        Pair("bad", scans / "none.nii.gz", scans / "fixed.nii.gz"),
+    ]
+    baseline = BaselineOptions(name, "com").open()
+    with ResultsFolder(tmp_path, None, baseline.settings) as folder:
+        folder.begin(pairs, resume=False)
+        pipeline = Pipeline(baseline, folder, Wanted(), workers=2, batch_size=baseline.at_once)
+        rows = {row.id: row for row in pipeline.run(pairs, threading.Event())}
+    assert rows["bad"].error.endswith("none.nii.gz does not exist")
+    good = rows["good"]
+    assert good.status == "done"
+    assert sorted(good.outputs) == ["moved", "warp"]
+    if name != "affine":
+        assert good.similarity_after > good.similarity_before
+    # SimpleITK reads the warp and finds the moved image.
+    warp = sitk.DisplacementFieldTransform(
+        sitk.ReadImage(str(tmp_path / good.outputs["warp"]), sitk.sitkVectorFloat64)
+    )
+    fixed, moving = (
+        sitk.ReadImage(str(scans / f"{scan}.nii.gz"), sitk.sitkFloat32)
+        for scan in ("fixed", "moving")
+    )
+    moved = nib.load(tmp_path / good.outputs["moved"]).get_fdata()
+    expected = from_sitk(sitk.Resample(moving, fixed, warp, sitk.sitkLinear))
+    np.testing.assert_allclose(moved, expected, atol=ROUNDING)

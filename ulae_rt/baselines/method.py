@@ -1,0 +1,142 @@
+"""Affine only, ANTs SyN and greedy: what registers pairs in the network's place."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ulae_rt.baselines.packages import GREEDY, Job
+from ulae_rt.baselines.process import PackageProcess
+from ulae_rt.errors import UsageError
+from ulae_rt.imaging.affine import AffineMode, register_affine
+from ulae_rt.imaging.grid import grid_of, with_background
+from ulae_rt.imaging.transform import Deformation, Displacement
+from ulae_rt.optional import require
+from ulae_rt.registrar import Clock, Prepared, Scan, Target, as_volume, warn_same
+
+BaselineName = Literal["affine", "syn", "greedy"]
+BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)
+
+# Name -> (module, distribution, what it is called with).
+PACKAGES = {
+    "syn": (
+        "ants",
+        "antspyx",
+        "registration(type_of_transform='SyNOnly') with its defaults: Mattes mutual information "
+        "of 32 bins, 40x20x0 iterations, gradient step 0.2, flow sigma 3",
+    ),
+    "greedy": ("picsl_greedy", "picsl_greedy", GREEDY),
+}
+
+
+@dataclass(frozen=True)
+class BaselineOptions:
+    """What a `Baseline` is opened with; can be sent to another process.
+
+    Attributes:
+        name: of `BASELINES`.
+        affine: see `ulae_rt.imaging.affine.register_affine`.
+    """
+
+    name: BaselineName
+    affine: AffineMode = "affine"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it can use a GPU."""
+        return False
+
+    def open(self) -> "Baseline":
+        """Check that its package is there.
+
+        Raises:
+            BackendUnavailable: it is not.
+        """
+        return Baseline(self.name, self.affine)
+
+
+class Baseline:
+    """Registers pairs with a method of another package, for comparison with the network.
+
+    All start from the affine that the network starts from, so that what differs is the deformable
+    part: ``affine`` has none; ``syn`` is `PACKAGES`' of antspyx, ``greedy`` that of picsl-greedy.
+    Both work on the scans' own grids and values, in a process of their own with all the
+    processors that this one may use.
+
+    Args:
+        name: of `BASELINES`.
+        affine: see `ulae_rt.imaging.affine.register_affine`.
+
+    Raises:
+        UsageError: an unknown name.
+        BackendUnavailable: the package is not installed.
+    """
+
+    at_once = 1
+
+    def __init__(self, name: BaselineName, affine: AffineMode = "affine") -> None:
+        if name not in BASELINES:
+            raise UsageError(
+                f"the baseline is {name!r}, expected one of {', '.join(BASELINES)}", "see -h"
+            )
+        self.affine: AffineMode = affine
+        self._name = name
+        self._process: PackageProcess | None = None
+        self.description = "affine alignment only"
+        if name != "affine":
+            module, distribution, called = PACKAGES[name]
+            require(module, "baselines")
+            self.description = f"{distribution} {version(distribution)}: {called}"
+            self._process = PackageProcess(name, len(os.sched_getaffinity(0)))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its results depend on."""
+        return {"method": self._name, "made_by": self.description, "affine": self.affine}
+
+    def target(self, fixed: Scan) -> Target:
+        """Read a fixed scan, for any number of moving ones."""
+        volume = as_volume(fixed, "fixed")
+        return Target(volume, with_background(volume))
+
+    def prepare(self, moving: Scan, fixed: Target, *, labels: Scan | None = None) -> Prepared:
+        """Read a pair and align it affinely."""
+        clock = Clock()
+        with clock("read"):
+            volume = as_volume(moving, "moving")
+            label_volume = None if labels is None else as_volume(labels, "labels", "labels")
+        with clock("preprocess"):
+            warn_same(volume, fixed.volume)
+            cleaned = with_background(volume)
+        with clock("affine"):
+            affine = register_affine(cleaned, fixed.cleaned, self.affine)
+        return Prepared(volume, fixed, label_volume, affine, clock.seconds)
+
+    def deform(self, pairs: Sequence[Prepared]) -> list[Deformation]:
+        """Find the deformation of each, one after the other.
+
+        Raises:
+            BaselineError: the package failed.
+        """
+        return [self._deform(pair) for pair in pairs]
+
+    def _deform(self, pair: Prepared) -> Deformation:
+        grid = grid_of(pair.target.volume)
+        if self._process is None:
+            return Deformation(np.zeros((3, *grid.shape), np.float32), grid, pair.affine)
+        moving, fixed = with_background(pair.moving), pair.target.cleaned
+        u_mm: Displacement = self._process.run(
+            Job(
+                np.asarray(moving.data, np.float32),
+                moving.affine,
+                np.asarray(fixed.data, np.float32),
+                fixed.affine,
+                pair.affine,
+            )
+        )
+        to_voxels = np.linalg.inv(grid.affine[:3, :3]).astype(np.float32)
+        disp = np.tensordot(to_voxels, u_mm, (1, 3))
+        return Deformation(np.ascontiguousarray(disp), grid, pair.affine)
