@@ -20,7 +20,7 @@ from ulae_rt.batching.pairs import Pair, Shard, outside, read_pairs
 from ulae_rt.batching.pipeline import OUTPUTS, Pipeline, Wanted, grouped, processors
 from ulae_rt.batching.results import ResultsFolder, read_results
 from ulae_rt.batching.summary import summary_of
-from ulae_rt.errors import BatchError
+from ulae_rt.errors import BatchError, DiskFull, EngineMismatch
 from ulae_rt.imaging.warpfile import WARP_FORMATS
 from ulae_rt.options import NetworkOptions
 
@@ -105,7 +105,10 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         )
         started = time.monotonic()
         with _stopping() as stop:
-            _register(pipeline, folder, missing, stop)
+            try:
+                _register(pipeline, folder, missing, stop)
+            except (DiskFull, EngineMismatch) as error:  # the end of every further pair
+                raise type(error)(str(error), f"{error.hint}; then go on with --resume") from error
         rows = read_results(folder.results)
         summary = {
             "version": __version__,
