@@ -20,6 +20,7 @@ COMMANDS = {
     "batch": ("ulae_rt.batch", "register every pair of a list"),
     "apply": ("ulae_rt.apply", "carry further images or labels through a saved warp"),
     "evaluate": ("ulae_rt.evaluate", "measure registrations against labels and landmarks"),
+    "pairs": ("ulae_rt.pairs", "list every ordered pair of the scans in a folder"),
     "prepare": ("ulae_rt.prepare", "bring scans to the training grid of a template"),
     "train": ("ulae_rt.train", "train the network from a configuration file"),
     "export": ("ulae_rt.export.cli", "turn weights into verified inference engines"),

@@ -77,7 +77,7 @@ def test_ixi_has_four_tissues():
 
 def test_labels_become_places():
     protocol = Protocol("", {"a": (5, 900), "b": (2, 5)}, merge={7: 5})
-    x = np.array([0, 2, 5, 7, 900, 901, 3, 2**31 - 1], np.int32)
+    x = np.array([0, 2, 5, 7, 900, 906, 3, 2**31 - 1], np.int32)
     labels, (places,) = protocol.indexed(x)
     assert labels == (2, 5, 900)
     assert places.tolist() == [0, 1, 2, 2, 3, 0, 0, 0]

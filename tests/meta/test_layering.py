@@ -34,6 +34,7 @@ LAYERS = {
     "ulae_rt.network": "runtime",
     "ulae_rt.optional": "leaves",
     "ulae_rt.options": "commands",
+    "ulae_rt.pairs": "commands",
     "ulae_rt.prepare": "commands",
     "ulae_rt.register": "commands",
     "ulae_rt.registrar": "runtime",
