@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ulae_rt import __version__
 from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.batching.pairs import Pair, Shard, outside, read_pairs
-from ulae_rt.batching.pipeline import OUTPUTS, Pipeline, Wanted, grouped, processors
+from ulae_rt.batching.pipeline import OUTPUTS, USUAL, Pipeline, Wanted, grouped, processors
 from ulae_rt.batching.results import ResultsFolder, read_results
 from ulae_rt.batching.summary import summary_of
 from ulae_rt.errors import BatchError, DiskFull, EngineMismatch
@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--outputs", nargs="+", choices=OUTPUTS, metavar="KIND",
-        default=[kind for kind in OUTPUTS if kind != "jacobian"],
-        help=f"of every pair, of {', '.join(OUTPUTS)} (all but jacobian)",
+        default=list(USUAL),
+        help=f"of every pair, of {', '.join(OUTPUTS)} (the first {len(USUAL)})",
     )  # fmt: skip
     parser.add_argument(
         "--warp-format", choices=WARP_FORMATS, default="itk", help="see register -h (%(default)s)"

@@ -70,7 +70,7 @@ def test_every_pair_gets_its_files_and_its_row(scans, tmp_path):
         Pair("near", scans / "LIA.nii.gz", scans / "RAS.nii.gz", scans / "labels.nii.gz"),
         Pair("far", scans / "oblique.nii.gz", scans / "anisotropic.nii.gz"),
     ]
-    wanted = Wanted(("warp", "moved", "moved_labels", "jacobian"), "ras")
+    wanted = Wanted(("warp", "inverse_warp", "moved", "moved_labels", "jacobian"), "ras")
     network = FakeNetwork(shift=(0.5, 0.25, -0.5))
     rows, _ = run(tmp_path, pairs, network, wanted=wanted)
     registrar = Registrar(network, affine="none")
@@ -88,6 +88,7 @@ def test_every_pair_gets_its_files_and_its_row(scans, tmp_path):
         assert row.similarity_after == alone.stats.similarity_after
         assert row.folding_percent == alone.stats.folding_percent
         np.testing.assert_array_equal(row.affine, alone.affine)
+        assert row.inverse_consistency_mm == alone.inverse_consistency.mean_mm
         assert {"read", "affine", "preprocess", "network", "warp", "write"} <= row.seconds.keys()
         assert row.pair == pair
         assert row.finished
@@ -191,13 +192,12 @@ def test_a_full_disk_stops_the_run(scans, tmp_path, monkeypatch):
 
     monkeypatch.setattr(result, "save_image", full)
     with pytest.raises(DiskFull):
-        run(tmp_path, pairs_of(scans, 20))
+        run(tmp_path, pairs_of(scans, 20), workers=1)
     assert len(calls) < 20
-    done = [path.name for path in (tmp_path / "out" / "pairs").iterdir()]
-    assert done == ["p0"]
-    assert sorted(p.name for p in (tmp_path / "out" / "pairs" / "p0").iterdir()) == [
-        "moved.nii.gz", "result.json", "warp.nii.gz",
-    ]  # fmt: skip
+    done = sorted((tmp_path / "out" / "pairs").iterdir())
+    assert [path.name for path in done] == ["p0", "p1", "p2"]  # the moved images of three fit
+    for path in done:
+        assert {p.name for p in path.iterdir()} == {"moved.nii.gz", "result.json", "warp.nii.gz"}
 
 
 def test_stopping_finishes_what_is_in_hand(scans, tmp_path):

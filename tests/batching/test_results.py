@@ -36,7 +36,7 @@ def fill(path, pairs=PAIRS, shard=None):
 def test_rows_come_back_as_they_were():
     row = Row(
         "a", "done", {"moving": "m"}, {"warp": "pairs/a/warp.nii.gz"}, {"read": 0.5}, 0.1, 0.9, 0.0,
-        0.2, [[1.0, 0, 0, 0]], ["cut <off>\n"], finished="2026", host="h",
+        0.2, 0.01, [[1.0, 0, 0, 0]], ["cut <off>\n"], finished="2026", host="h",
     )  # fmt: skip
     assert Row.from_json(row.to_json()) == row
     assert "\n" not in row.to_json()

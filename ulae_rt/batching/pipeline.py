@@ -27,7 +27,8 @@ from ulae_rt.registrar import Clock, Method, PairT, TargetT, finish
 TARGETS = 2
 # So many failures of the network one after the other are not the scans' fault.
 NETWORK_FAILURES = 5
-OUTPUTS = ("moved", "warp", "moved_labels", "jacobian")
+OUTPUTS = ("moved", "warp", "moved_labels", "inverse_warp", "jacobian")
+USUAL = OUTPUTS[:3]
 
 
 _DEFECT = "a defect of ulae_rt or of this machine: report it with the traceback in this row"
@@ -42,7 +43,7 @@ class Wanted:
         warp_format: see `ulae_rt.imaging.warpfile.warp_to_image`.
     """
 
-    outputs: tuple[str, ...] = ("moved", "warp", "moved_labels")
+    outputs: tuple[str, ...] = USUAL
     warp_format: WarpFormat = "itk"
 
 
@@ -242,6 +243,10 @@ class Pipeline(Generic[TargetT, PairT]):
             try:
                 result = finish(ready.prepared, deformation)
                 clock = Clock(seconds=result.stats.seconds)
+                back = None
+                if "inverse_warp" in self._wanted.outputs:
+                    with clock("inverse"):
+                        back = result.inverse_consistency.mean_mm
                 with clock("write"):
                     part = self._folder.part(pair)
                     outputs = self._outputs(pair)
@@ -259,6 +264,7 @@ class Pipeline(Generic[TargetT, PairT]):
                         stats.similarity_after,
                         stats.folding_percent,
                         stats.folding_image_percent,
+                        back,
                         result.affine.tolist(),
                         [*ready.warnings, *warnings],
                     )

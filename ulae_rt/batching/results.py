@@ -1,6 +1,7 @@
 """The folder that a batch fills: one folder a pair, one line a pair, and who may write there."""
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
@@ -36,6 +37,8 @@ class Row:
         similarity_before, similarity_after: `ulae_rt.result.SIMILARITY`, through the affine alone
             and in the end.
         folding_percent, folding_image_percent: see `ulae_rt.result.Stats`.
+        inverse_consistency_mm: mean of `ulae_rt.result.Result.inverse_consistency`, where the
+            inverse was wanted.
         affine: (4, 4), fixed RAS mm to moving RAS mm.
         warnings: what was worth saying about its files.
         error, hint: why it failed and what to do.
@@ -53,6 +56,7 @@ class Row:
     similarity_after: float | None = None
     folding_percent: float | None = None
     folding_image_percent: float | None = None
+    inverse_consistency_mm: float | None = None
     affine: list[list[float]] | None = None
     warnings: list[str] = field(default_factory=list)
     error: str = ""
@@ -104,6 +108,16 @@ class ResultsFolder:
         self._settings = {**settings, "shards": shard.count if shard else 1}
         self._suffix = f"-{shard.index}-of-{shard.count}" if shard else ""
         self._locks: list[int] = []
+        self._worker = ""
+
+    def of_worker(self, name: str) -> "ResultsFolder":
+        """The folder as one of several processes of this run writes pairs to it.
+
+        Each has its own place for what is not complete, whatever another left there.
+        """
+        mine = copy.copy(self)
+        mine._worker = name
+        return mine
 
     def __enter__(self) -> Self:
         with _disk_errors(self.path):
@@ -114,8 +128,8 @@ class ResultsFolder:
                     self._lock(self._suffix, shared=False)
                 self._agree()
                 (self.path / PAIRS).mkdir(exist_ok=True)
-                shutil.rmtree(self._part, ignore_errors=True)
-                self._part.mkdir()
+                shutil.rmtree(self._parts, ignore_errors=True)
+                self._parts.mkdir()
             except BaseException:
                 self._unlock()
                 raise
@@ -127,7 +141,7 @@ class ResultsFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self._part, ignore_errors=True)
+        shutil.rmtree(self._parts, ignore_errors=True)
         self._unlock()
 
     @property
@@ -146,8 +160,17 @@ class ResultsFolder:
         return self.path / f"summary{self._suffix}.html"
 
     @property
-    def _part(self) -> Path:
+    def stop_file(self) -> Path:
+        """Tells the processes of this run, once it is there, to begin no further pair."""
+        return self._parts / ".stop"
+
+    @property
+    def _parts(self) -> Path:
         return self.path / f"{PART}{self._suffix}"
+
+    @property
+    def _part(self) -> Path:
+        return self._parts / self._worker
 
     def begin(self, pairs: Iterable[Pair], *, resume: bool) -> list[Row]:
         """Which of ``pairs`` are done already.
@@ -162,7 +185,7 @@ class ResultsFolder:
         """
         done = []
         for pair in pairs:
-            row = self._finished(pair.id)
+            row = self.finished(pair.id)
             if row is None:
                 continue
             if not resume:
@@ -191,7 +214,7 @@ class ResultsFolder:
         with _disk_errors(self.path):
             folder = self._part / pair.id
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            folder.mkdir(parents=True)
         return folder
 
     def keep(self, row: Row) -> None:
@@ -218,7 +241,8 @@ class ResultsFolder:
         """Write the figures of the whole."""
         self._write(self.summary, json.dumps(summary, indent=2) + "\n")
 
-    def _finished(self, id_: str) -> Row | None:
+    def finished(self, id_: str) -> Row | None:
+        """The row of a pair whose folder is complete."""
         try:
             return Row.from_json((self.path / PAIRS / id_ / RESULT).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
