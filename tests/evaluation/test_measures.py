@@ -226,7 +226,8 @@ def test_grids_that_differ_are_refused_by_their_geometry(pair, tmp_path):
     ("change", "message"),
     [
         (lambda data: data.astype(np.float32) / 2, "holds fractions, expected whole-number labels"),
-        (lambda data: data - np.int16(3), "holds the label -3, expected 0 or more"),
+        (lambda data: data - np.int16(3), "holds the label -3, expected 0 to 2147483647"),
+        (lambda data: data * np.float32(1e9), "holds the label 9000000000, expected 0 to"),
     ],
 )
 def test_what_is_no_label_map_is_refused(pair, change, message):

@@ -88,7 +88,9 @@ def test_without_a_protocol_the_labels_are_those_found():
     assert labels == (4, 9)
     assert [each.tolist() for each in places] == [[0, 2], [1, 2]]
     assert Protocol.of_labels([9, 4, 9]).labels == (4, 9)
-    assert Protocol.of_labels().indexed(np.zeros(3, int))[0] == ()
+    labels, (places,) = Protocol.of_labels().indexed(np.zeros(3, np.int32))
+    assert labels == ()
+    assert places.tolist() == [0, 0, 0]
 
 
 FULL = """

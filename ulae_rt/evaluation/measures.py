@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,15 +98,37 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class _Labels:
+    """Label maps of a pair, with places in a list of labels (from 1) for values.
+
+    Attributes:
+        labels: the list.
+        moving, fixed: the maps.
+        shared: the places that both have.
+    """
+
+    labels: tuple[int, ...]
+    moving: Volume
+    fixed: NDArray[np.int32]
+    shared: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _Landmarks:
+    """RAS mm, by name."""
+
+    moving: Points
+    fixed: Points
+
+
+@dataclass(frozen=True)
 class _Scans:
     """What the methods of a pair share."""
 
-    moving_labels: Volume | None
-    fixed_labels: Volume | None
-    moving_landmarks: Points
-    fixed_landmarks: Points
     fixed: Volume
     brain: NDArray[np.bool_]
+    labels: _Labels | None
+    landmarks: _Landmarks | None
 
 
 def evaluate_pair(
@@ -114,42 +136,45 @@ def evaluate_pair(
 ) -> list[Case | Failure]:
     """Measure every registration of one pair; what cannot be measured becomes a `Failure`."""
     try:
-        scans = _read(pair)
+        scans = _read(pair, protocol)
     except UlaeError as error:
         return [Failure(each.method, pair.id, str(error), error.hint) for each in registrations]
     found: list[Case | Failure] = []
     for registration in registrations:
         try:
-            found.append(_measured(pair, scans, registration, protocol))
+            found.append(_measured(pair, scans, registration))
         except UlaeError as error:
             found.append(Failure(registration.method, pair.id, str(error), error.hint))
     return found
 
 
-def _read(pair: Pair) -> _Scans:
+def _read(pair: Pair, protocol: Protocol) -> _Scans:
     fixed = read_volume(pair.fixed)
     brain = np.asarray(with_background(fixed).data > 0)
-    moving_labels = fixed_labels = None
+    labels = landmarks = None
     if pair.moving_labels is not None and pair.fixed_labels is not None:
-        moving_labels, fixed_labels = _labels(pair.moving_labels), _labels(pair.fixed_labels)
-        _check_same_grid(fixed_labels, fixed)
-    moving_landmarks: Points = {}
-    fixed_landmarks: Points = {}
+        moving_map, fixed_map = _label_map(pair.moving_labels), _label_map(pair.fixed_labels)
+        _check_same_grid(fixed_map, fixed)
+        values, places = protocol.indexed(moving_map.data, fixed_map.data)
+        there = [frozenset(np.flatnonzero(np.bincount(each.ravel())).tolist()) for each in places]
+        shared = there[0] & there[1] - {0}
+        labels = _Labels(values, replace(moving_map, data=places[0]), places[1], shared)
     if pair.moving_landmarks is not None and pair.fixed_landmarks is not None:
-        moving_landmarks = read_landmarks(pair.moving_landmarks)
-        fixed_landmarks = read_landmarks(pair.fixed_landmarks)
-    return _Scans(moving_labels, fixed_labels, moving_landmarks, fixed_landmarks, fixed, brain)
+        points = read_landmarks(pair.moving_landmarks), read_landmarks(pair.fixed_landmarks)
+        landmarks = _Landmarks(*points)
+    return _Scans(fixed, brain, labels, landmarks)
 
 
-def _labels(path: Path) -> Volume:
+def _label_map(path: Path) -> Volume:
     volume = read_volume(path, kind="labels")
-    if volume.data.min() < 0:
+    low, high = volume.data.min(), volume.data.max()
+    if low < 0 or high > np.iinfo(np.int32).max:
         raise ImageError(
-            f"{path} holds the label {volume.data.min()}, expected 0 or more",
+            f"{path} holds the label {low if low < 0 else high:.10g}, expected 0 to "
+            f"{np.iinfo(np.int32).max}",
             "give the label map as segmented; 0 is the background",
         )
-    data = volume.data.astype(np.int32)
-    return Volume(data, volume.affine, volume.header, volume.name, volume.path)
+    return replace(volume, data=volume.data.astype(np.int32))
 
 
 def _check_same_grid(one: Volume, other: Volume) -> None:
@@ -169,36 +194,33 @@ def _check_same_grid(one: Volume, other: Volume) -> None:
         )
 
 
-def _measured(pair: Pair, scans: _Scans, registration: Registration, protocol: Protocol) -> Case:
+def _measured(pair: Pair, scans: _Scans, registration: Registration) -> Case:
     disp = _displacement(scans.fixed, registration)
     grid = grid_of(scans.fixed)
     dice: dict[int, float] = {}
     hd95_mm: dict[int, float] = {}
     hd95_voxels: dict[int, float] = {}
     lost = 0
-    if scans.moving_labels is not None and scans.fixed_labels is not None:
-        carried = warp_image(scans.moving_labels, disp, grid, "nearest")
-        labels, (moving, moved, fixed) = protocol.indexed(
-            scans.moving_labels.data, carried, scans.fixed_labels.data
-        )
+    if scans.labels is not None:
+        labels, fixed = scans.labels.labels, scans.labels.fixed
+        moved = warp_image(scans.labels.moving, disp, grid, "nearest")
         places = range(1, len(labels) + 1)
         scores = dice_per_label(moved, fixed, places)
-        there = _present(moving, len(labels)) & _present(fixed, len(labels))
-        gone = [k for k in places if there[k] and math.isnan(scores[k])]
+        gone = [k for k in scans.labels.shared if math.isnan(scores[k])]
         lost = len(gone)
         dice = {labels[k - 1]: 0.0 if k in gone else scores[k] for k in places}
         spacing = scans.fixed.spacing_mm
         in_mm = hd95_per_label(moved, fixed, places, spacing)
         # The same numbers, usually, and what takes the time.
-        in_voxels = in_mm if np.allclose(spacing, 1, rtol=0, atol=1e-6) else None
-        in_voxels = in_voxels or hd95_per_label(moved, fixed, places, UNIT)
+        same = np.allclose(spacing, UNIT, rtol=0, atol=1e-6)
+        in_voxels = in_mm if same else hd95_per_label(moved, fixed, places, UNIT)
         hd95_mm = {labels[k - 1]: v for k, v in in_mm.items()}
         hd95_voxels = {labels[k - 1]: v for k, v in in_voxels.items()}
     jacobian = jacobian_determinant(disp, scans.fixed.affine)
     folds = folding(jacobian, scans.brain)
     tre = {}
-    if scans.fixed_landmarks:
-        tre = target_registration_error(disp, grid, scans.fixed_landmarks, scans.moving_landmarks)
+    if scans.landmarks is not None:
+        tre = target_registration_error(disp, grid, scans.landmarks.fixed, scans.landmarks.moving)
     return Case(
         registration.method,
         pair.id,
@@ -215,11 +237,6 @@ def _measured(pair: Pair, scans: _Scans, registration: Registration, protocol: P
         tre,
         registration.seconds,
     )
-
-
-def _present(places: NDArray[np.int32], count: int) -> NDArray[np.bool_]:
-    """(count + 1,), whether a map has each place."""
-    return np.asarray(np.bincount(places.ravel(), minlength=count + 1) > 0)
 
 
 def _displacement(fixed: Volume, registration: Registration) -> Displacement:

@@ -68,10 +68,14 @@ class Protocol:
             labels = tuple(sorted(found - {0}))
         place = {label: i + 1 for i, label in enumerate(labels)}
         place |= {old: place[new] for old, new in self.merge.items()}
-        last = max(place, default=0) + 1
-        table = np.zeros(last + 1, np.int32)
-        table[list(place)] = list(place.values())
-        return labels, [table[np.minimum(each, last)] for each in maps]
+        keys = np.array([0, *sorted(place)])
+        values = np.array([0, *(place[key] for key in keys[1:].tolist())], np.int32)
+        # Not by a table of all values: some atlases number their labels by hundreds of millions.
+        at = [np.searchsorted(keys[:-1], each) for each in maps]
+        return labels, [
+            np.where(keys[i] == each, values[i], np.int32(0))
+            for i, each in zip(at, maps, strict=True)
+        ]
 
 
 def read_protocol(source: str) -> Protocol:
