@@ -227,7 +227,7 @@ def test_grids_that_differ_are_refused_by_their_geometry(pair, tmp_path):
     [
         (lambda data: data.astype(np.float32) / 2, "holds fractions, expected whole-number labels"),
         (lambda data: data - np.int16(3), "holds the label -3, expected 0 to 2147483647"),
-        (lambda data: data * np.float32(1e9), "holds the label 9000000000, expected 0 to"),
+        (lambda data: data * np.float32(2**30), "holds the label 9663676416, expected 0 to"),
     ],
 )
 def test_what_is_no_label_map_is_refused(pair, change, message):
