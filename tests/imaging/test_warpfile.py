@@ -211,9 +211,17 @@ def test_what_is_no_displacement_is_refused(tmp_path, data, options, fmt, messag
     assert caught.value.hint
 
 
-def test_a_strong_affine_is_no_position(tmp_path):
-    """Half the size and turned by 30 degrees: more than any two heads differ by."""
-    matrix = nib.eulerangles.euler2mat(0.5, -0.3, 0.4) * 0.6
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        nib.eulerangles.euler2mat(0.5, -0.3, 0.4) * 0.6,
+        np.diag([1.8, 1, 1]),
+        np.eye(3)[[1, 2, 0]],  # a third of a turn: its diagonal is 0
+    ],
+    ids=["small", "stretched", "turned"],
+)
+def test_a_strong_affine_is_no_position(tmp_path, matrix):
+    """More than any two heads differ by."""
     disp = (world(SMALL, AFFINE) @ (matrix - np.eye(3)).T).astype(np.float32)
     Warp(disp, volume()).save(tmp_path / "w.nii.gz")
     np.testing.assert_allclose(read_warp(tmp_path / "w.nii.gz").disp, disp)
