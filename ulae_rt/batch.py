@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,18 +17,29 @@ from tqdm import tqdm
 
 from ulae_rt import __version__
 from ulae_rt.allocator import keep_freed_memory
+from ulae_rt.baselines.method import BASELINES, BaselineOptions
+from ulae_rt.batching.cluster import LOCAL, Cluster
 from ulae_rt.batching.pairs import Pair, Shard, outside, read_pairs
-from ulae_rt.batching.pipeline import OUTPUTS, USUAL, Pipeline, Wanted, grouped, processors
-from ulae_rt.batching.results import ResultsFolder, read_results
+from ulae_rt.batching.pipeline import (
+    OUTPUTS,
+    USUAL,
+    Pipeline,
+    Usage,
+    Wanted,
+    grouped,
+    processors,
+)
+from ulae_rt.batching.results import ResultsFolder, Row, read_results
 from ulae_rt.batching.summary import summary_of
-from ulae_rt.errors import BatchError, DiskFull, EngineMismatch
+from ulae_rt.errors import BatchError, DiskFull, EngineMismatch, UsageError
 from ulae_rt.imaging.warpfile import WARP_FORMATS
 from ulae_rt.options import NetworkOptions
+from ulae_rt.registrar import Method
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
 
-WAIT_S = 0.2
+NETWORK = "network"
 # Of the list's pairs, so many names are shown.
 SHOWN = 3
 
@@ -60,6 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warp-format", choices=WARP_FORMATS, default="itk", help="see register -h (%(default)s)"
     )
+    parser.add_argument(
+        "--method", choices=(NETWORK, *BASELINES), default=NETWORK,
+        help="what registers; the others are for comparison, from the same affine (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray", nargs="?", const=LOCAL, metavar="ADDRESS",
+        help="on the machines of a Ray cluster, which share the disk: its address, auto, or "
+        "nothing for a Ray of this machine alone; --workers is then cores of each worker",
+    )  # fmt: skip
     NetworkOptions.add_to(parser)
 
 
@@ -72,7 +93,7 @@ def _positive(text: str) -> int:
 def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     """Register what is missing, pass over what cannot be, and say how it went."""
     shard = None if arguments.shard is None else Shard.parse(arguments.shard)
-    options = NetworkOptions.of(arguments)
+    options = _options(arguments)
     wanted = Wanted(tuple(dict.fromkeys(arguments.outputs)), arguments.warp_format)
     pairs = read_pairs(arguments.pairs)
     if shard is not None:
@@ -81,12 +102,20 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     keep_freed_memory()
     # Every worker has a pair of its own: threads within one would only wait for each other.
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    registrar = options.open()
+    with _runner(options, arguments) as runner:
+        return _batch(arguments, report, runner, pairs, wanted, shard)
+
+
+def _batch(
+    arguments: argparse.Namespace,
+    report: "Report",
+    runner: "_Here | Cluster",
+    pairs: list[Pair],
+    wanted: Wanted,
+    shard: Shard | None,
+) -> dict[str, Any]:
     settings = {
-        "weights_sha256": registrar.network.weights_sha256,
-        "precision": registrar.network.precision,
-        "spacing_mm": registrar.network.metadata.spacing_mm,
-        "affine": options.affine,
+        **runner.settings,
         "outputs": list(wanted.outputs),
         "warp_format": wanted.warp_format,
     }
@@ -94,25 +123,18 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         done = folder.begin(pairs, resume=arguments.resume)
         finished = {row.id for row in done}
         missing = grouped([pair for pair in pairs if pair.id not in finished])
-        report(f"network     {registrar.network.description}")
+        report(f"method      {runner.description}")
         report(f"pairs       {len(pairs)}, {len(done)} of them done already")
-        pipeline = Pipeline(
-            registrar,
-            folder,
-            wanted,
-            workers=arguments.workers or processors(),
-            batch_size=arguments.batch_size or registrar.at_once,
-        )
         started = time.monotonic()
         with _stopping() as stop:
             try:
-                _register(pipeline, folder, missing, stop)
+                _register(runner.run(missing, folder, wanted, stop), folder, len(missing))
             except (DiskFull, EngineMismatch) as error:  # the end of every further pair
                 raise type(error)(str(error), f"{error.hint}; then go on with --resume") from error
         rows = read_results(folder.results)
         summary = {
             "version": __version__,
-            "network": registrar.network.description,
+            "method": runner.description,
             "settings": settings,
             "list": str(arguments.pairs),
             "missing": len(pairs) - len(rows),
@@ -120,8 +142,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
             "this_run": {
                 "pairs": len(rows) - len(done),
                 "seconds": time.monotonic() - started,
-                "network_busy_seconds": pipeline.usage.busy,
-                "network_idle_seconds": pipeline.usage.idle,
+                **runner.usage(),
             },
         }
         folder.write_summary(summary)
@@ -130,19 +151,79 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         return _judged(summary, folder)
 
 
-def _register(
-    pipeline: Pipeline[Any, Any], folder: ResultsFolder, pairs: list[Pair], stop: threading.Event
-) -> None:
+def _register(rows: Iterator[Row], folder: ResultsFolder, count: int) -> None:
     """Write a line for every pair as it is done."""
     failed = 0
-    with tqdm(total=len(pairs), unit="pair", disable=None, file=sys.stderr) as bar:
-        for row in pipeline.run(pairs, stop):
+    with tqdm(total=count, unit="pair", disable=None, file=sys.stderr) as bar:
+        for row in rows:
             folder.add(row)
             if row.status == "failed":
                 failed += 1
                 bar.set_postfix(failed=failed)
                 tqdm.write(f"failed: {row.id}: {row.error}", file=sys.stderr)
             bar.update()
+
+
+def _options(arguments: argparse.Namespace) -> NetworkOptions | BaselineOptions:
+    """What registers.
+
+    Raises:
+        UsageError: flags that contradict each other.
+    """
+    options = NetworkOptions.of(arguments)
+    if arguments.method == NETWORK:
+        if arguments.ray is not None and ":" in options.device:
+            raise UsageError(
+                f"--device {options.device} with --ray: which GPU a worker has, Ray decides",
+                "give --device cuda",
+            )
+        if arguments.ray is not None and options.source is not None:
+            return replace(options, source=options.source.absolute())  # workers are elsewhere
+        return options
+    if options != NetworkOptions(affine=options.affine):
+        raise UsageError(
+            f"--method {arguments.method} runs no network",
+            "leave out --weights, --engine, --backend, --device and --precision",
+        )
+    return BaselineOptions(arguments.method, options.affine)
+
+
+def _runner(
+    options: NetworkOptions | BaselineOptions, arguments: argparse.Namespace
+) -> contextlib.AbstractContextManager["_Here | Cluster"]:
+    workers, batch_size = arguments.workers, arguments.batch_size
+    if arguments.ray is not None:
+        return Cluster(arguments.ray, options, workers=workers, batch_size=batch_size)
+    return contextlib.nullcontext(_Here(options.open(), workers, batch_size))
+
+
+class _Here:
+    """This process, with the methods that a `Cluster` has."""
+
+    def __init__(
+        self, method: Method[Any, Any], workers: int | None, batch_size: int | None
+    ) -> None:
+        self.description = method.description
+        self.settings = method.settings
+        self._method = method
+        self._workers = workers or processors()
+        self._batch_size = batch_size or method.at_once
+        self._used = Usage()
+
+    def run(
+        self, pairs: Sequence[Pair], folder: ResultsFolder, wanted: Wanted, stop: threading.Event
+    ) -> Iterator[Row]:
+        pipeline = Pipeline(
+            self._method, folder, wanted, workers=self._workers, batch_size=self._batch_size
+        )
+        self._used = pipeline.usage
+        return pipeline.run(pairs, stop)
+
+    def usage(self) -> dict[str, float]:
+        return {
+            "network_busy_seconds": self._used.busy,
+            "network_idle_seconds": self._used.idle,
+        }
 
 
 def _judged(summary: dict[str, Any], folder: ResultsFolder) -> dict[str, Any]:

@@ -36,3 +36,8 @@ def data_dir() -> str | None:
 def with_itk_threads(count: int) -> dict[str, str]:
     """The environment of a process whose ITK is to have ``count`` threads."""
     return {**os.environ, "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": str(count)}
+
+
+def silence_ray_usage_report() -> None:
+    """``RAY_USAGE_STATS_ENABLED``: a Ray that is started here sends nothing to its makers."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -83,6 +83,11 @@ class NetworkOptions:
             arguments.affine,
         )
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it uses a GPU where there is one."""
+        return self.device != "cpu"
+
     def open(self) -> Registrar:
         """Open the network."""
         return Registrar(

@@ -113,9 +113,11 @@ class ResultsFolder:
     def of_worker(self, name: str) -> "ResultsFolder":
         """The folder as one of several processes of this run writes pairs to it.
 
-        Each has its own place for what is not complete, whatever another left there.
+        Each has its own place for what is not complete, whatever another left there, and a working
+        directory of its own.
         """
         mine = copy.copy(self)
+        mine.path = self.path.absolute()
         mine._worker = name
         return mine
 
@@ -216,6 +218,18 @@ class ResultsFolder:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         return folder
+
+    def attempts(self, pair: Pair) -> int:
+        """How often the processes of this run have begun a pair."""
+        try:
+            return (self._parts / f".begun-{pair.id}").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def add_attempt(self, pair: Pair) -> None:
+        """Count that a pair is begun."""
+        with _disk_errors(self.path), open(self._parts / f".begun-{pair.id}", "ab") as file:
+            file.write(b".")
 
     def keep(self, row: Row) -> None:
         """Put a finished pair's folder in its place, complete with its row."""
