@@ -172,6 +172,21 @@ def test_a_round_trip_is_as_good_as_the_way_back(pair, tmp_path):
     assert math.isnan(one(pair, there).inverse_consistency_mm)
 
 
+def test_learn2reg_s_warps_are_of_the_scans_grids(pair, tmp_path):
+    pair = replace(pair, moving=pair.fixed, moving_labels=pair.fixed_labels)
+    for name, voxels in (("warp", 1.0), ("back", -1.0)):
+        disp = np.zeros((*FIXED[0], 3), np.float32)
+        disp[..., 1] = voxels
+        np.savez(tmp_path / f"{name}.npz", disp)
+    files = {"warp": tmp_path / "warp.npz", "inverse_warp": tmp_path / "back.npz"}
+    case = one(pair, Registration("l2r", **files))
+    labels = np.asarray(nib.load(pair.fixed_labels).dataobj)
+    moved = np.roll(labels, -1, axis=1)  # nothing lies at the border
+    both = np.count_nonzero((labels == 9) & (moved == 9))
+    assert case.dice[9] == pytest.approx(both / np.count_nonzero(labels == 9), abs=1e-12)
+    assert case.inverse_consistency_mm == pytest.approx(0, abs=1e-5)
+
+
 def test_landmarks_count_without_labels(pair, tmp_path):
     for name, shift in (("fixed", (0, 0, 0)), ("moving", np.add(SHIFT, (0, 0, 1)))):
         points = np.array([[1, 2, 3], [-2, 0, 1]]) + shift

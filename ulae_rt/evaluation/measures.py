@@ -15,7 +15,7 @@ from ulae_rt.evaluation.protocol import Protocol
 from ulae_rt.evaluation.surface import UNIT, hd95_per_label
 from ulae_rt.imaging.grid import Affine, gap_mm, grid_of, with_background
 from ulae_rt.imaging.inverse import inverse_consistency
-from ulae_rt.imaging.nifti import Volume, read_volume
+from ulae_rt.imaging.nifti import Volume, read_grid, read_volume
 from ulae_rt.imaging.transform import (
     Displacement,
     add_affine,
@@ -233,7 +233,7 @@ def _measured(pair: Pair, scans: _Scans, registration: Registration) -> Case:
         folds.image_percent,
         folds.brain_percent,
         int(np.count_nonzero(_inner(jacobian) <= 0)),
-        _inverse_consistency_mm(registration, disp, scans),
+        _inverse_consistency_mm(pair, registration, disp, scans),
         tre,
         registration.seconds,
     )
@@ -247,15 +247,17 @@ def _displacement(fixed: Volume, registration: Registration) -> Displacement:
         raise EvaluationError(
             "its warp was not written", "register with warp among batch's --outputs"
         )
-    warp = read_warp(registration.warp)
+    warp = read_warp(registration.warp, fixed=fixed)
     _check_same_grid(warp.grid, fixed)
     return warp.disp
 
 
-def _inverse_consistency_mm(registration: Registration, disp: Displacement, scans: _Scans) -> float:
+def _inverse_consistency_mm(
+    pair: Pair, registration: Registration, disp: Displacement, scans: _Scans
+) -> float:
     if registration.inverse_warp is None:
         return math.nan
-    inverse = read_warp(registration.inverse_warp)
+    inverse = read_warp(registration.inverse_warp, fixed=read_grid(pair.moving))
     grid = grid_of(scans.fixed)
     return inverse_consistency(disp, grid, inverse.disp, grid_of(inverse.grid), scans.brain).mean_mm
 
