@@ -222,14 +222,17 @@ class ResultsFolder:
     def attempts(self, pair: Pair) -> int:
         """How often the processes of this run have begun a pair."""
         try:
-            return (self._parts / f".begun-{pair.id}").stat().st_size
+            return len(self._begun(pair).read_text().split())
         except FileNotFoundError:
             return 0
 
     def add_attempt(self, pair: Pair) -> None:
-        """Count that a pair is begun."""
-        with _disk_errors(self.path), open(self._parts / f".begun-{pair.id}", "ab") as file:
-            file.write(b".")
+        """Count that this process begins a pair."""
+        with _disk_errors(self.path), open(self._begun(pair), "a", encoding="utf-8") as file:
+            file.write(f"{self._worker}\n")
+
+    def _begun(self, pair: Pair) -> Path:
+        return self._parts / f".begun-{pair.id}"
 
     def keep(self, row: Row) -> None:
         """Put a finished pair's folder in its place, complete with its row."""
