@@ -13,6 +13,7 @@ import pytest
 from _support.project import ROOT, folders, modules, pyproject
 from ulae_rt import __version__
 from ulae_rt.cli import COMMANDS
+from ulae_rt.evaluation.protocol import PROTOCOLS
 
 
 def test_declared_packages_are_the_folders_on_disk() -> None:
@@ -91,7 +92,8 @@ def test_wheel_has_the_weights_the_marker_and_the_licences(wheel: zipfile.ZipFil
         for file in (ROOT / "ulae_rt/model/weights").glob("*")
         if file.suffix in (".safetensors", ".md")
     ]
-    assert names >= {"ulae_rt/py.typed", *weights}
+    protocols = [f"ulae_rt/evaluation/protocols/{name}.toml" for name in PROTOCOLS]
+    assert names >= {"ulae_rt/py.typed", *weights, *protocols}
     for licence in ("LICENSE", "NOTICE"):
         assert [name for name in names if name.endswith(f"/licenses/{licence}")]
 
