@@ -287,6 +287,7 @@ def all_wrong(made, tmp_path_factory):
     larger = grid_affine((90, 90, 60), (1, 1.3, 2), angles_deg=(20, -10, 15))
     save_brain(files / "shifted.nii.gz", shape, affine @ shifted)
     save_brain(files / "larger.nii.gz", *larger)
+    save_brain(files / "edge.nii.gz", (shape[0] + 1, *shape[1:]), affine)
     save_brain(files / "far.nii.gz", MOVING[0], far @ MOVING[1])
     nib.save(nib.Nifti1Image(np.zeros((*shape, 4), np.float32), affine), files / "series.nii.gz")
     data = nib.load(files / "moving.nii.gz").get_fdata(dtype=np.float32)
@@ -321,6 +322,7 @@ def wrong(all_wrong, tmp_path):
     [
         # by geometry
         ({"reference": "shifted"}, [], 1, "shifted.nii.gz reaches 9.5 mm out of the field of"),
+        ({"reference": "edge"}, [], 1, "edge.nii.gz reaches 0.5 mm out of the field of"),
         ({"reference": "larger"}, [], 1, "mm out of the field of"),
         ({"image": "far"}, [], 1, "lead nowhere into {dir}/far.nii.gz: they end 4"),
         ({"reference": "shifted", "transforms": ["foreign"]}, ["--warp-format", "voxel"], 1,
