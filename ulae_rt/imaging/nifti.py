@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import nibabel as nib
 import numpy as np
+from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
 from ulae_rt.errors import DiskFull, GeometryError, ImageError, OutputError, UsageError
@@ -30,6 +31,10 @@ MAX_VOXELS = 512_000_000
 MAX_SHEAR = 1e-3
 MAX_FORM_DIFFERENCE_MM = 1e-3
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+# What reading a damaged file raises; isal's stubs take its class for an instance.
+_UNREADABLE: tuple[type[Exception], ...] = (
+    cast(type[Exception], isal_zlib.IsalError), EOFError, OSError, ValueError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -296,7 +301,7 @@ def read_data(image: nib.Nifti1Image, name: str) -> NDArray[Any]:
             data = _read_packed(image, path)
         else:
             data = np.asanyarray(image.dataobj)
-    except (gzip.BadGzipFile, EOFError, zlib.error, OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _damaged(name, error) from None
     except MemoryError:
         raise ImageError(f"{name} does not fit in memory", "resample it to about 1 mm") from None
@@ -307,7 +312,7 @@ def read_data(image: nib.Nifti1Image, name: str) -> NDArray[Any]:
 
 def _read_packed(image: nib.Nifti1Image, path: PathLike) -> NDArray[Any]:
     """The values of a gzipped file, read to its very end: that is where the checksum is."""
-    with gzip.open(path) as stream:
+    with igzip.open(path, "rb") as stream:
         data = np.asanyarray(type(image).from_stream(stream).dataobj)
         while stream.read(1 << 20):
             pass
@@ -381,11 +386,9 @@ def save_image(image: nib.Nifti1Image, path: PathLike) -> None:
             if not str(path).endswith(".gz"):
                 image.to_stream(raw)
                 return
-            with gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
-                # Interpolated floats hardly repeat: looking only for runs (the background) and
-                # leaving the rest to Huffman coding takes a third of level 1's time and no more
-                # bytes.
-                packed.compress = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
+            # No name and no time: the same image gives the same bytes. Level 2 packs interpolated
+            # floats as small as zlib does, at a seventh of the time.
+            with igzip.IGzipFile("", "wb", 2, raw, mtime=0) as packed:
                 image.to_stream(packed)
     except OSError as error:
         raise output_error(path, error) from None
