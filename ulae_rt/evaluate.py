@@ -110,20 +110,12 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         if not cases:
             raise EvaluationError(f"{failures[0].id}: {failures[0].error}", failures[0].hint)
         summary, comparisons = summarised(cases, protocol), compared(cases)
-        table = markdown(summary, comparisons, protocol)
-        texts = {
-            "table.md": table,
-            "cases.csv": cases_csv(cases, protocol),
-            "labels.csv": labels_csv(cases, protocol),
-        }
-        for name in summary:
-            mine = [case for case in cases if case.method == name]
-            texts[f"evaluation-{name}.json"] = learn2reg_json(mine, protocol.title)
+        texts = _texts(cases, protocol, markdown(summary, comparisons, protocol))
         for name, text in texts.items():
-            outputs.temporary(arguments.out / name).write_text(text, encoding="utf-8")
+            _write(outputs, arguments.out / name, text)
         written = outputs.commit()
     report()
-    report(table)
+    report(texts["table.md"])
     for path in written:
         report(f"written     {path}")
     result: dict[str, Any] = without_nan(
@@ -262,6 +254,29 @@ def _outputs(folder: Path, methods: Sequence[str], overwrite: bool) -> Outputs:
     names = ["table.md", "cases.csv", "labels.csv", *(f"evaluation-{m}.json" for m in methods)]
     paths = [folder / name for name in names]
     return Outputs(paths, overwrite=overwrite, suffixes={path: (path.suffix,) for path in paths})
+
+
+def _texts(cases: Sequence[Case], protocol: Protocol, table: str) -> dict[str, str]:
+    """The report's files by name."""
+    by_method: dict[str, list[Case]] = {}
+    for case in cases:
+        by_method.setdefault(case.method, []).append(case)
+    return {
+        "table.md": table,
+        "cases.csv": cases_csv(cases, protocol),
+        "labels.csv": labels_csv(cases, protocol),
+        **{
+            f"evaluation-{name}.json": learn2reg_json(each, protocol.title)
+            for name, each in by_method.items()
+        },
+    }
+
+
+def _write(outputs: Outputs, path: Path, text: str) -> None:
+    try:
+        outputs.temporary(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise output_error(path, error) from None
 
 
 def _evaluated(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ulae_rt.batching.pairs import read_pairs
 from ulae_rt.errors import PairsError, UsageError
 from ulae_rt.evaluation.protocol import PROTOCOLS, read_protocol
-from ulae_rt.imaging.nifti import Outputs
+from ulae_rt.imaging.nifti import Outputs, output_error
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
@@ -57,12 +57,14 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         pairs = list(itertools.permutations(people, 2))
         text = _list(arguments.out.resolve().parent, people, pairs)
         hidden = outputs.temporary(arguments.out)
-        hidden.write_text(text, encoding="utf-8")
         try:
+            hidden.write_text(text, encoding="utf-8")
             read_pairs(hidden)
         except PairsError as error:  # a person's name that names no folder
             message = str(error).replace(str(hidden), str(arguments.out))
             raise PairsError(message, error.hint) from None
+        except OSError as error:
+            raise output_error(arguments.out, error) from None
         outputs.commit()
     report(f"people      {len(people)}")
     report(f"pairs       {len(pairs)}")

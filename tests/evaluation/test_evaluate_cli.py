@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -229,3 +230,15 @@ def test_without_scipy_it_says_what_to_install(monkeypatch):
     with pytest.raises(BackendUnavailable, match="scipy is not installed") as error:
         evaluate_module.run(arguments, None)
     assert error.value.hint == "pip install 'ulae-rt[evaluate]'"
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, pairs, capsys, monkeypatch):
+    def full(path, text, **_):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    network = batch(tmp_path / "network", pairs[:1])
+    monkeypatch.setattr(Path, "write_text", full)
+    assert evaluate(tmp_path, network) == 1
+    assert "report/table.md cannot be written: the disk is full" in capsys.readouterr().err
+    assert not list((tmp_path / "report").iterdir())
