@@ -1,5 +1,6 @@
 """Other packages' registrations, told in our terms: what they see is what we write."""
 
+import json
 import os
 import signal
 import sys
@@ -18,7 +19,8 @@ from ulae_rt.baselines.packages import Job
 from ulae_rt.baselines.process import PackageProcess
 from ulae_rt.batching.pairs import Pair
 from ulae_rt.batching.pipeline import Pipeline, Wanted
-from ulae_rt.batching.results import ResultsFolder
+from ulae_rt.batching.results import ResultsFolder, read_results
+from ulae_rt.cli import run_command
 from ulae_rt.errors import BackendUnavailable, BaselineError, UsageError
 from ulae_rt.imaging.grid import Grid, from_sitk, resample
 from ulae_rt.imaging.nifti import read_volume, volume_from_array
@@ -236,3 +238,44 @@ def test_a_batch_is_written_as_the_network_s(name, scans, tmp_path):
     moved = nib.load(tmp_path / good.outputs["moved"]).get_fdata()
     expected = from_sitk(sitk.Resample(moving, fixed, warp, sitk.sitkLinear))
     np.testing.assert_allclose(moved, expected, atol=ROUNDING)
+
+
+def batch(scans, out, *more):
+    (scans / "pairs.csv").write_text("id,moving,fixed\na,moving.nii.gz,fixed.nii.gz\n")
+    return run_command("batch", [str(scans / "pairs.csv"), "-o", str(out), *more])
+
+
+def test_the_command_registers_with_a_baseline(scans, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert batch(scans, out, "--method", "affine", "--affine", "com") == 0
+    assert "method      affine alignment only\n" in capsys.readouterr().out
+    settings = json.loads((out / "run.json").read_text())
+    assert (settings["method"], settings["affine"]) == ("affine", "com")
+    [row] = read_results(out)
+    assert row.status == "done"
+    assert (row.similarity_after, row.folding_percent) == (
+        pytest.approx(row.similarity_before, abs=1e-6), 0,
+    )  # fmt: skip
+    # Another method's results do not mix with these.
+    assert batch(scans, out, "--method", "affine", "--affine", "none", "--resume") == 1
+    assert "was begun with affine com, now it is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--weights", "x.safetensors"],
+        ["--backend", "torch"],
+        ["--device", "cpu"],
+        ["--precision", "fp16"],
+    ],
+)
+def test_flags_of_the_network_are_refused_with_a_baseline(flags, scans, tmp_path, capsys):
+    assert batch(scans, tmp_path / "out", "--method", "affine", *flags) == 2
+    assert "error: --method affine runs no network\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_by_number_is_ray_s_to_choose(scans, tmp_path, capsys):
+    assert batch(scans, tmp_path / "out", "--ray", "--device", "cuda:1") == 2
+    assert "--device cuda:1 with --ray" in capsys.readouterr().err
