@@ -30,6 +30,7 @@ MAX_VOXELS = 512_000_000
 # ITK and its users cannot represent shear; this is rounding in a header, in radians.
 MAX_SHEAR = 1e-3
 MAX_FORM_DIFFERENCE_MM = 1e-3
+DEFLATE = 1032  # bytes that one byte of a .gz can stand for, at most
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 # What reading a damaged file raises; isal's stubs take its class for an instance.
 _UNREADABLE: tuple[type[Exception], ...] = (
@@ -194,7 +195,7 @@ def check_file(path: Path) -> None:
         raise ImageError(f"{path} is empty (0 bytes)", "copy or download it again")
 
 
-def _damaged(path: PathLike, error: BaseException) -> ImageError:
+def _damaged(path: PathLike, error: BaseException | str) -> ImageError:
     return ImageError(
         f"{path} is truncated or damaged: {error}", "copy or download it again; try 'gzip -t'"
     )
@@ -296,6 +297,8 @@ def read_data(image: nib.Nifti1Image, name: str) -> NDArray[Any]:
         ImageError: the file ends early or is damaged, or it does not fit in memory.
     """
     path = image.get_filename()
+    if path is not None:
+        _check_promise(image, Path(path), name)
     try:
         if path is not None and str(path).lower().endswith(".gz"):
             data = _read_packed(image, path)
@@ -308,6 +311,19 @@ def read_data(image: nib.Nifti1Image, name: str) -> NDArray[Any]:
     if data.dtype.itemsize > 8 or (data.dtype.kind == "f" and data.dtype.itemsize != 4):
         data = data.astype(np.float32)
     return data.astype(data.dtype.newbyteorder("="), copy=False)
+
+
+def _check_promise(image: nib.Nifti1Image, path: Path, name: str) -> None:
+    """Refuse a header that promises more than its file can hold, before room is made for it."""
+    promised = int(np.prod(image.shape, dtype=np.int64)) * image.get_data_dtype().itemsize
+    size = path.stat().st_size
+    most = size * DEFLATE if path.name.lower().endswith(".gz") else size
+    if promised > most:
+        raise _damaged(
+            name,
+            f"its header promises {promised} bytes of voxels, and a file of {size} bytes holds "
+            f"{most} at most",
+        )
 
 
 def _read_packed(image: nib.Nifti1Image, path: PathLike) -> NDArray[Any]:
