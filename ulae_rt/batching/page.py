@@ -35,8 +35,8 @@ LISTED = 10_000
 SHOWN = 100
 # So many of a kind are in sight; the others unfold.
 GROUP = 8
-# Characters of a message, and tracebacks: the results have them all.
-MESSAGE, TRACES = 400, 5
+# Characters of a message, of one in the table, and tracebacks: the results have them all.
+MESSAGE, NOTE, TRACES = 400, 120, 5
 
 
 def write_page(
@@ -81,6 +81,7 @@ def write_page(
         shown=SHOWN,
         inverse=any(row.inverse_consistency_mm is not None for row in rows),
         group=GROUP,
+        note=NOTE,
     )
     with Outputs([folder.page], overwrite=True, suffixes={folder.page: (".html",)}) as outputs:
         try:
@@ -135,8 +136,8 @@ def _moment(text: str) -> str:
     return text[:16].replace("T", " ")
 
 
-def _clipped(text: str) -> str:
-    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]}…"
+def _clipped(text: str, length: int = MESSAGE) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def _grouped(failed: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -221,7 +222,8 @@ def _plots(ranked: Sequence[Ranked]) -> list[_Plot]:
                     said="Histogram of the folding in the brain",
                 ),
                 folding,
-                f"The last bar holds the {beyond:,} pairs above {_digits(top)} %."
+                f"Values above {_digits(top)} % are counted in the last bar: {beyond:,} of "
+                f"{len(series.values):,}."
                 if beyond
                 else "",
             )

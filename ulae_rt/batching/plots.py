@@ -87,7 +87,7 @@ def _inline(svg: str, colours: dict[str, str], said: str) -> Markup:
     start = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(said)}">'
     svg = re.sub(r"<svg\b[^>]*>", lambda _: start, svg[svg.index("<svg") :], count=1)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r'<g id="\w+">', "<g>", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r'<g id="[\w.]+">', "<g>", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     svg = re.sub("#[0-9a-f]{6}", lambda found: colours.get(found[0], found[0]), svg)
     return Markup(svg)  # made here, of numbers and of the two texts above
