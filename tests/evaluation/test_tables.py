@@ -173,6 +173,17 @@ def test_the_paper_s_table():
     assert table(text, "Method against method")[2] == ["ours - VM", "2", "+0.1333", "0.5"]
 
 
+def test_methods_with_other_numbers_of_pairs_are_pointed_out():
+    protocol = Protocol.of_labels()
+    said = "Not every method has every pair"
+    for cases, expected in (
+        ([*many("x", [0.1, 0.2]), *many("y", [0.1])], True),
+        ([*many("x", [0.1, 0.2]), *many("y", [0.1, 0.2])], False),
+    ):
+        text = markdown(summarised(cases, protocol), compared(cases), protocol)
+        assert (said in text) == expected
+
+
 def test_one_method_without_areas_has_one_table():
     protocol = Protocol.of_labels()
     cases = many("x", [0.1])

@@ -257,6 +257,13 @@ _COLUMNS = (
     ("seconds", "seconds", "mean", 1),
 )
 
+_LEGEND = """\
+Dice: over all labels; median, sd and min over pairs. HD95: 95th percentile of the distance between
+surfaces, mean over labels. SDlogJ: standard deviation of the logarithm of the Jacobian determinant;
+L2R: with 3 added to it, as Learn2Reg computes it. Folded: voxels with a determinant of 0 or less.
+Inverse: there and back, mean distance inside the brain. TRE: distance of landmarks. Labels lost:
+both scans have them, the moved one has not; they count as Dice 0 and not in HD95."""
+
 
 def markdown(
     summary: Mapping[str, Mapping[str, Spread]],
@@ -265,9 +272,14 @@ def markdown(
 ) -> str:
     """The tables for people: Dice by area as in the paper's Table 1, measures, comparisons."""
     parts = [f"# {protocol.title}", "Means over pairs."]
+    if len({_pairs(spreads) for spreads in summary.values()}) > 1:
+        parts.append(
+            "**Not every method has every pair**: the means are of different pairs; methods are "
+            "compared on those that both have."
+        )
     if len(protocol.groups) > 1:
         parts += ["## Dice by area", _dice_table(summary, protocol)]
-    parts += ["## Measures", _measures_table(summary)]
+    parts += ["## Measures", _measures_table(summary), _LEGEND]
     if comparisons:
         parts += [
             "## Method against method",
@@ -306,12 +318,16 @@ def _measures_table(summary: Mapping[str, Mapping[str, Spread]]) -> str:
     rows = [
         [
             method,
-            str(max(each.pairs for each in spreads.values())),
+            str(_pairs(spreads)),
             *(_figure(spreads.get(name), figure, digits) for _, name, figure, digits in columns),
         ]
         for method, spreads in summary.items()
     ]
     return _markdown_table(["", "pairs", *(column[0] for column in columns)], rows)
+
+
+def _pairs(spreads: Mapping[str, Spread]) -> int:
+    return max(each.pairs for each in spreads.values())
 
 
 def _figure(spread: Spread | None, figure: str, digits: int) -> str:
