@@ -21,7 +21,7 @@ from ulae_rt.batching.pairs import Pair
 from ulae_rt.batching.pipeline import Pipeline, Wanted
 from ulae_rt.batching.results import ResultsFolder, read_results
 from ulae_rt.cli import run_command
-from ulae_rt.errors import BackendUnavailable, BaselineError, UsageError
+from ulae_rt.errors import BackendUnavailable, BaselineError, PairsError, UsageError
 from ulae_rt.imaging.grid import Grid, from_sitk, resample
 from ulae_rt.imaging.nifti import read_volume, volume_from_array
 from ulae_rt.imaging.transform import Deformation, warp_image
@@ -259,6 +259,9 @@ def test_the_command_registers_with_a_baseline(scans, tmp_path, capsys):
     # Another method's results do not mix with these.
     assert batch(scans, out, "--method", "affine", "--affine", "none", "--resume") == 1
     assert "was begun with affine com, now it is none" in capsys.readouterr().err
+    network = {"method": "network", "weights_sha256": "0" * 64}  # other settings by name, too
+    with pytest.raises(PairsError, match="was begun with method affine, now it is network"):
+        ResultsFolder(out, None, network).__enter__()
 
 
 @pytest.mark.parametrize(

@@ -279,14 +279,14 @@ class ResultsFolder:
             hidden.unlink()
         try:
             there = json.loads(path.read_text())
-            names = [name for name in self._settings if there[name] != self._settings[name]]
-        except (ValueError, KeyError, TypeError):
+            names = [name for name in self._settings if there.get(name) != self._settings[name]]
+        except (ValueError, AttributeError):
             raise PairsError(f"{path} is damaged", "remove the folder, or take another") from None
         if self._shard is None:  # alone in the folder, whatever it was parted into
             names = [name for name in names if name != "shards"]
         if names:
             raise PairsError(
-                f"{self.path} was begun with {names[0]} {there[names[0]]}, now it is "
+                f"{self.path} was begun with {names[0]} {there.get(names[0])}, now it is "
                 f"{self._settings[names[0]]}",
                 "go on with what it was begun with, or take another folder",
             )
