@@ -76,6 +76,8 @@ NEVER = {
 NOT_EAGERLY = {
     "package": {"torch", "numpy", "nibabel", "SimpleITK", "onnxruntime"},
     "leaves": {"torch"},
+    "baselines": {"ants", "picsl_greedy"},
+    "batching": {"ray"},
     "engines": {"torch", "tensorrt", "tensorrt_rtx", "onnxruntime"},
     "evaluation": {"scipy"},
     "kernels": {"tensorrt", "onnxruntime"},
