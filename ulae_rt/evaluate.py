@@ -180,8 +180,8 @@ def _opened(sources: Sequence[str]) -> tuple[list[Pair], list[_Method]]:
                     key for key, file in pair.paths().items() if row.pair.paths().get(key) != file
                 ]
                 raise EvaluationError(
-                    f"{path}: the pair {id_} has another {(other or ['file'])[0]} than in "
-                    f"{methods[0].folder}",
+                    f"{path}: the pair {id_} has another {(other or ['file'])[0]} than in the "
+                    "results named before",
                     "compare methods on results of one list of pairs",
                 )
         methods.append(_Method(name, path if path.is_dir() else path.parent, rows))

@@ -184,7 +184,7 @@ def unlabelled(pair):
         (["{network}", "{network}"], 2, "two methods are called network"),
         (["zero-displacement={network}"], 2, "two methods are called zero-displacement"),
         (["a b={network}"], 2, "'a b' cannot name a method"),
-        (["{network}", "{other}"], 1, "the pair a has another moving than in"),
+        (["{network}", "{other}"], 1, "the pair a has another moving than in the results named"),
         (["{list}", "{network}"], 2, "is a list of pairs, expected nothing beside it"),
         (["{network}", "--labels", "1;2"], 2, "--labels is '1;2', expected all, or whole numbers"),
         (["{network}", "--protocol", "lpba"], 1, "there is no protocol 'lpba'"),
