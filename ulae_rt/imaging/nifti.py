@@ -43,7 +43,8 @@ class Volume:
     """A 3-D brain volume with its geometry.
 
     Attributes:
-        data: (X, Y, Z), in the file's own type, or float32 where the file scales its values.
+        data: (X, Y, Z), in the file's own type, or an image's float32 where the file scales its
+            values.
         affine: (4, 4) float64, voxel index to world RAS mm.
         header: the file's own header, copied unchanged to what is written on this grid.
         name: what to call it in a message: the path, or the caller's word for an array.
@@ -149,7 +150,7 @@ def volume_from_image(
             f"{name} holds {'colour' if dtype.names else dtype.name} voxels, expected one number",
             "extract one channel or the magnitude first",
         )
-    data = read_data(image, name).reshape(shape)
+    data = read_data(image, name, kind).reshape(shape)
     _check_values(data, name, kind)
     return Volume(data, affine, image.header.copy(), name, path)
 
@@ -290,8 +291,10 @@ def _mm(lengths: Iterable[float]) -> str:
     return "x".join(f"{length:.3g}" for length in lengths)
 
 
-def read_data(image: nib.Nifti1Image, name: str) -> NDArray[Any]:
-    """The values: in the file's type, or float32 where they are scaled or wider.
+def read_data(image: nib.Nifti1Image, name: str, kind: Kind = "image") -> NDArray[Any]:
+    """The values in the file's type; an image's as float32 where they are scaled or wider.
+
+    Labels and other values stay exact: single precision would round a label above 16 777 216.
 
     Raises:
         ImageError: the file ends early or is damaged, or it does not fit in memory.
@@ -308,8 +311,9 @@ def read_data(image: nib.Nifti1Image, name: str) -> NDArray[Any]:
         raise _damaged(name, error) from None
     except MemoryError:
         raise ImageError(f"{name} does not fit in memory", "resample it to about 1 mm") from None
-    if data.dtype.itemsize > 8 or (data.dtype.kind == "f" and data.dtype.itemsize != 4):
-        data = data.astype(np.float32)
+    widest = np.dtype(np.float32 if kind == "image" else np.float64)
+    if data.dtype.kind == "f" and data.dtype.itemsize > widest.itemsize:
+        data = data.astype(widest)
     return data.astype(data.dtype.newbyteorder("="), copy=False)
 
 
