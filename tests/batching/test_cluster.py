@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from ulae_rt.batching.pairs import Pair
 from ulae_rt.batching.pipeline import Wanted
 from ulae_rt.batching.results import ResultsFolder, Row, read_results
 from ulae_rt.cli import run_command
-from ulae_rt.errors import BackendUnavailable, EngineMismatch
+from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
 from ulae_rt.manifest import EngineMetadata
 from ulae_rt.registrar import Registrar
 
@@ -60,6 +61,28 @@ def test_ray_that_is_not_installed(monkeypatch):
     with pytest.raises(BackendUnavailable, match="ray is not installed") as caught:
         Cluster("local", Opener(), workers=None, batch_size=None)
     assert caught.value.hint == "pip install 'ulae-rt[ray]'"
+
+
+def test_an_address_that_nothing_answers_at():
+    pytest.importorskip("ray")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            pytest.raises(BackendUnavailable, match=f"nothing answers at {address}"),
+            Cluster(address, Opener(), workers=None, batch_size=None),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("address", ["pairs.csv", "head", "head:", ":6379", "head:99999"])
+def test_an_address_that_is_none(address):
+    pytest.importorskip("ray")
+    with (
+        pytest.raises(UsageError, match=f"--ray is '{address}', expected HOST:PORT, auto"),
+        Cluster(address, Opener(), workers=None, batch_size=None),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")

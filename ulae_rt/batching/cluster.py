@@ -22,12 +22,16 @@ from ulae_rt.batching.pairs import Pair
 from ulae_rt.batching.pipeline import Pipeline, Wanted, processors
 from ulae_rt.batching.results import ResultsFolder, Row
 from ulae_rt.env import silence_ray_usage_report
-from ulae_rt.errors import BackendUnavailable, UlaeError
+from ulae_rt.errors import BackendUnavailable, UlaeError, UsageError
 from ulae_rt.optional import require
 from ulae_rt.registrar import Method
 
 # Starts a Ray on this machine, for this run.
 LOCAL = "local"
+# The Ray that runs on this machine.
+AUTO = "auto"
+CONNECT_S = 5.0
+_START = "start it with 'ray start --head', or give --ray without an address"
 # Only lists of paths and rows of results go through Ray; the scans are on the shared disk. Ray
 # takes no less than 75 MB.
 OBJECT_STORE_BYTES = 100_000_000
@@ -102,7 +106,7 @@ class Cluster:
     """A Ray cluster that registers pairs; use as a context manager.
 
     Args:
-        address: of a running Ray, ``auto`` for the one of this machine, or `LOCAL`.
+        address: ``HOST:PORT`` of a running Ray, `AUTO` or `LOCAL`.
         opener: of the method.
         workers: CPU cores of each worker; None: see `Share.of`.
         batch_size: pairs that the network is given together; None: what it is best given.
@@ -149,7 +153,25 @@ class Cluster:
     ) -> None:
         self._ray.shutdown()
 
+    def _check_address(self) -> None:
+        """Refuse at once what Ray itself would try for minutes."""
+        if self._address in (LOCAL, AUTO):
+            return
+        host, _, port = self._address.removeprefix("ray://").rpartition(":")
+        if not (host and port.isdecimal() and int(port) < 1 << 16):
+            raise UsageError(
+                f"--ray is {self._address!r}, expected HOST:PORT, {AUTO} or nothing",
+                "'ray start --head' says the address",
+            )
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        except OSError as error:
+            raise BackendUnavailable(
+                f"nothing answers at {self._address}: {error.strerror or error}", _START
+            ) from None
+
     def _connect(self) -> None:
+        self._check_address()
         local: dict[str, Any] = {
             "num_cpus": processors(),
             "include_dashboard": False,
@@ -168,7 +190,7 @@ class Cluster:
             said = " ".join(str(error).split())[:200]
             raise BackendUnavailable(
                 f"Ray at {self._address} cannot be used: {said}",
-                "start it with 'ray start --head', or give --ray without an address",
+                _START,
             ) from error
         finally:
             signal.signal(signal.SIGTERM, terminate)  # Ray's own would end without cleaning up
