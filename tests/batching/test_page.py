@@ -11,8 +11,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.affines import from_matvec
+from nibabel.eulerangles import euler2mat
 from PIL import Image
 
 from _support.brains import GEOMETRIES, save_brain
@@ -23,7 +26,7 @@ from ulae_rt.batching.results import ResultsFolder, Row
 from ulae_rt.errors import OutputError
 from ulae_rt.imaging.grid import grid_of
 from ulae_rt.imaging.qc import qc_jpeg
-from ulae_rt.registrar import Registrar
+from ulae_rt.registrar import Registrar, finish
 
 VOID = {"meta", "img", "input", "br"}
 ODD = "<script>alert('1')</script> & \"x\" onload='y' {{ 7 * 7 }} \ud83e\udde0 \udcff"
@@ -101,7 +104,7 @@ def failed(id_="b", error="/m.nii does not exist", hint="check the path", **valu
 def summary(rows, **values):
     return {
         "version": "0.1.0",
-        "network": "torch, cpu, fp32",
+        "method": "torch, cpu, fp32",
         "settings": {"weights_sha256": "0", "spacing_mm": 2.0, "outputs": ["moved", "warp"]},
         "list": "pairs.csv",
         "missing": 0,
@@ -182,7 +185,7 @@ def test_every_failed_pair_is_there_with_its_error_and_what_to_do(tmp_path):
     page = write(tmp_path, rows)
     listed = {" ".join(text.split()) for text in page.lists}
     assert {f"{row.id} {row.error}" for row in rows} <= listed
-    assert "copy it again 1 pair" in " ".join(page.text.split())
+    assert "What to do: copy it again 1 pair" in " ".join(page.text.split())
     assert f"check the path {3 * GROUP} pairs" in " ".join(page.text.split())
     assert "Traceback: here" in page.text
 
@@ -314,27 +317,31 @@ def test_ten_thousand_pairs_are_a_small_page(tmp_path):
     assert page.open == []
 
 
-@pytest.fixture
-def registered(tmp_path):
-    """A pair on two grids, registered, with its files and its row."""
-    save_brain(tmp_path / "moving.nii.gz", *GEOMETRIES["LIA"])
-    save_brain(tmp_path / "fixed.nii.gz", *GEOMETRIES["oblique"])
-    registrar = Registrar(FakeNetwork(shift=(2.0, -1.0, 0.5)), affine="com")
-    result = registrar(tmp_path / "moving.nii.gz", tmp_path / "fixed.nii.gz")
-    (tmp_path / "pairs" / "p").mkdir(parents=True)
-    result.save(warp=tmp_path / "pairs" / "p" / "warp.nii.gz", warp_format="itk")
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """A pair on two grids, registered: its folder, its row and what was in memory."""
+    path = tmp_path_factory.mktemp("registered")
+    affine = from_matvec(euler2mat(0.15, -0.1, 0.05) * 0.9, (9, -6, 4))
+    save_brain(path / "moving.nii.gz", *GEOMETRIES["LIA"], pull=np.linalg.inv(affine))
+    save_brain(path / "fixed.nii.gz", *GEOMETRIES["oblique"])
+    registrar = Registrar(FakeNetwork(shift=(2.0, -1.0, 0.5)), affine="none")
+    pair = registrar.prepare(path / "moving.nii.gz", path / "fixed.nii.gz")
+    pair = replace(pair, affine=affine)
+    result = finish(pair, registrar.deform([pair])[0])
+    (path / "pairs" / "p").mkdir(parents=True)
+    result.save(warp=path / "pairs" / "p" / "warp.nii.gz")
     row = replace(
         done("p"),
-        inputs={kind: str(tmp_path / f"{kind}.nii.gz") for kind in ("moving", "fixed")},
+        inputs={kind: str(path / f"{kind}.nii.gz") for kind in ("moving", "fixed")},
         outputs={"warp": "pairs/p/warp.nii.gz"},
         affine=result.affine.tolist(),
     )
-    return row, result
+    return path, row, result
 
 
-def test_pictures_are_made_from_the_files(tmp_path, registered):
-    row, result = registered
-    (source,) = write(tmp_path, [row], worst=1).all("src")
+def test_pictures_are_made_from_the_files(registered):
+    path, row, result = registered
+    (source,) = write(path, [row], worst=1).all("src")
     drawn = base64.b64decode(source.partition(",")[2])
     assert len(drawn) < 200e3
     expected = qc_jpeg(
@@ -352,33 +359,42 @@ def test_pictures_are_made_from_the_files(tmp_path, registered):
     assert np.abs(pixels[0] - pixels[1]).mean() < 0.5
 
 
-def test_only_the_worst_have_pictures(tmp_path, registered):
-    row, _ = registered
+def test_only_the_worst_have_pictures(registered):
+    path, row, _ = registered
     rows = [row, replace(row, id="q", similarity_after=0.1), replace(row, id="r")]
-    page = write(tmp_path, rows, worst=1)
+    page = write(path, rows, worst=1)
     assert page.all("alt")[0].startswith("q,")
     assert len(page.all("src")) == 1
 
 
 def test_what_has_gone_since_is_said(tmp_path, registered, caplog):
-    row, _ = registered
+    path, row, _ = registered
     other = tmp_path / "other.nii.gz"
     save_brain(other, *GEOMETRIES["LIA"])
     (tmp_path / "cut.nii.gz").write_bytes(other.read_bytes()[:3000])
+    # The same grid 5 mm off, with a header worth a warning.
+    there = nib.load(row.inputs["fixed"])
+    shifted = nib.Nifti1Image(there.dataobj, from_matvec(np.eye(3), (5, 0, 0)) @ there.affine)
+    shifted.set_qform(there.affine, 1)
+    nib.save(shifted, tmp_path / "shifted.nii.gz")
     rows = [
         row,
         replace(row, id="gone", inputs={**row.inputs, "moving": "/no/such.nii.gz"}),
         replace(row, id="cut", inputs={**row.inputs, "fixed": str(tmp_path / "cut.nii.gz")}),
         replace(row, id="other", inputs={**row.inputs, "fixed": str(other)}),
+        replace(
+            row, id="shifted", inputs={**row.inputs, "fixed": str(tmp_path / "shifted.nii.gz")}
+        ),
         replace(row, id="kept", outputs={"moved": "pairs/p/moved.nii.gz"}),
         replace(row, id="flat", affine=np.zeros((4, 4)).tolist()),
     ]
-    page = write(tmp_path, rows, worst=6)
+    page = write(path, rows, worst=7)
     assert len(page.all("src")) == 1
     for said in (
         "No picture: /no/such.nii.gz does not exist",
         "cut.nii.gz is truncated",
-        "does not lie on the grid of the warp any more",
+        "other.nii.gz does not lie on the grid of the warp any more",
+        "shifted.nii.gz does not lie on the grid of the warp any more",
         "its warp was not kept",
         "No picture: LinAlgError: Singular matrix",
     ):
