@@ -52,7 +52,7 @@ def test_pinned_versions_cover_what_the_extras_name() -> None:
     extras = project["optional-dependencies"]
     wanted = project["dependencies"] + [
         requirement
-        for extra in ("bench", "dev", "export", "torch", "train")
+        for extra in ("baselines", "bench", "dev", "evaluate", "export", "ray", "torch", "train")
         for requirement in extras[extra]
     ]
     names = {re.split(r"[\[<>=;]", requirement)[0].lower() for requirement in wanted}
