@@ -19,6 +19,7 @@ from ulae_rt import __version__
 from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.baselines.method import BASELINES, BaselineOptions
 from ulae_rt.batching.cluster import LOCAL, Cluster
+from ulae_rt.batching.page import WORST, write_page
 from ulae_rt.batching.pairs import Pair, Shard, outside, read_pairs
 from ulae_rt.batching.pipeline import (
     OUTPUTS,
@@ -73,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warp-format", choices=WARP_FORMATS, default="itk", help="see register -h (%(default)s)"
     )
     parser.add_argument(
+        "--pictures", type=_count, default=WORST, metavar="N",
+        help="pairs shown on the page, the worst first (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--method", choices=(NETWORK, *BASELINES), default=NETWORK,
         help="what registers; the others are for comparison, from the same affine (%(default)s)",
     )  # fmt: skip
@@ -84,8 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     NetworkOptions.add_to(parser)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if _count(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
     return int(text)
 
@@ -146,8 +157,10 @@ def _batch(
             },
         }
         folder.write_summary(summary)
+        write_page(folder, rows, summary, arguments.pictures)
         report(f"results     {folder.results}")
         report(f"summary     {folder.summary}")
+        report(f"page        {folder.page}")
         return _judged(summary, folder)
 
 

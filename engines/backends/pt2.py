@@ -58,7 +58,7 @@ class Pt2Backend:
                     path = Path(folder) / manifest.artefact
                     path.write_bytes(content)
                     # Its other way to run asks for events, which no CUDA graph may record.
-                    program = torch._inductor.aoti_load_package(
+                    program: Any = torch._inductor.aoti_load_package(
                         str(path), run_single_threaded=True, device_index=index
                     )
                 if ANY_BATCH in (shape[0] for shape in self.inputs.values()):

@@ -58,7 +58,7 @@ def start(listed, out, *flags, seconds=0.0):
     tests = str(Path(__file__).parents[1])
     code = RUN.format(tests=tests, seconds=seconds)
     command = [sys.executable, "-c", code, "batch", str(listed), "-o", str(out), *flags]
-    command += ["--affine", "com", "--workers", "2", "--json"]
+    command += ["--affine", "com", "--workers", "2", "--pictures", "0", "--json"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -182,7 +182,7 @@ def network(monkeypatch):
 
 
 def call(capsys, *flags):
-    status = main(["batch", *map(str, flags)])
+    status = main(["batch", *map(str, flags), "--pictures", "0"])
     return status, capsys.readouterr().err
 
 
@@ -211,6 +211,8 @@ def test_files_outside_the_lists_folder_are_shown(listed, network, tmp_path, cap
     out = tmp_path / "out"
     assert main(["batch", str(tmp_path / "pairs.csv"), "-o", str(out), "--affine", "none"]) == 0
     said = capsys.readouterr().out
+    assert f"page        {out / 'summary.html'}" in said
+    assert "data:image" in (out / "summary.html").read_text()
     assert "outside     2 files lie outside the list's folder: " in said
     assert str(out / "results.jsonl") in said
 
@@ -244,7 +246,7 @@ def test_a_disk_that_fills_up_stops_cleanly(listed, network, tmp_path, capsys, m
         patch.setattr(result, "save_image", full)
         status, errors = call(capsys, *flags)
     assert (status, "the disk is full" in errors) == (1, True)
-    assert "--resume" in errors
+    assert "; then go on with --resume" in errors
     assert call(capsys, *flags, "--resume")[0] == 1  # the two bad ones
     rows = {row.id: row.status for row in read_results(tmp_path / "out")}
     assert sorted(id_ for id_, status in rows.items() if status == "failed") == sorted(BAD)
