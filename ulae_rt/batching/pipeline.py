@@ -30,7 +30,6 @@ NETWORK_FAILURES = 5
 OUTPUTS = ("moved", "warp", "moved_labels", "inverse_warp", "jacobian")
 USUAL = OUTPUTS[:3]
 
-
 _DEFECT = "a defect of ulae_rt or of this machine: report it with the traceback in this row"
 
 
@@ -226,8 +225,8 @@ class Pipeline(Generic[TargetT, PairT]):
             self._failures += 1
             if self._failures >= NETWORK_FAILURES:
                 raise EngineMismatch(
-                    f"the network failed {self._failures} pairs one after the other, the last "
-                    f"{ready[0].pair.id}: {error}",
+                    f"{self._method.description} failed {self._failures} pairs one after the "
+                    f"other, the last {ready[0].pair.id}: {error}",
                     getattr(error, "hint", "") or "see 'ulae-rt doctor'",
                 ) from error
             return [_Failed(ready[0].pair, error, ready[0].warnings)]

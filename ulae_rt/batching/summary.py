@@ -14,6 +14,7 @@ FIGURES = (
     "similarity_after",
     "folding_percent",
     "folding_image_percent",
+    "inverse_consistency_mm",
 )
 
 
@@ -31,7 +32,7 @@ def summary_of(rows: Sequence[Row]) -> dict[str, Any]:
         "done": len(done),
         "failed": len(failed),
         "with_warnings": sum(bool(row.warnings) for row in rows),
-        **{name: spread_of([getattr(row, name) for row in done]) for name in FIGURES},
+        **{name: spread_of(_known(done, name)) for name in FIGURES},
         # Over the pairs that had the stage: of a shared fixed scan only one pair was the reader.
         "seconds": {
             stage: statistics.fmean(row.seconds[stage] for row in done if stage in row.seconds)
@@ -40,6 +41,11 @@ def summary_of(rows: Sequence[Row]) -> dict[str, Any]:
         "failures": [{"id": row.id, "error": row.error, "hint": row.hint} for row in failed],
         "hosts": dict(Counter(row.host for row in rows)),
     }
+
+
+def _known(rows: Sequence[Row], name: str) -> list[float]:
+    values = (getattr(row, name) for row in rows)
+    return [value for value in values if value is not None]
 
 
 def spread_of(values: Sequence[float]) -> dict[str, float]:
