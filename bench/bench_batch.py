@@ -150,7 +150,7 @@ def real(folder: Path, count: int, affine: str) -> dict[str, float]:
     shipped = load_model(None).metadata
     model = UlaeNet(shipped.variant)
     weights = folder / "random.safetensors"
-    save_checkpoint(model, weights, dataclasses.replace(shipped, shape=SHAPE, spacing_mm=1.0))
+    save_checkpoint(weights, model, dataclasses.replace(shipped, shape=SHAPE, spacing_mm=1.0))
     usage = batch(folder, count, load_network(weights, device="cpu"), affine)
     return {"busy": usage.busy, "idle": usage.idle}
 
