@@ -19,6 +19,7 @@ PEAK_OF_CHILD = (
     "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
     "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
 )
+CALLS = 50
 CASES = {
     "affine none": ["--affine", "none"],
     "affine": ["--affine", "affine"],
@@ -62,6 +63,34 @@ def test_register(
         for name, row in rows.items():
             medians = ", ".join(f"{k} {statistics.median(v):.2f}" for k, v in row.items())
             print(f"{name:<14}{medians}")
+
+
+def test_warm_registrar(full: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Registrar that a program keeps: opening, first call, and every further call."""
+    pytest.importorskip("safetensors", reason="reads weights")
+    from ulae_rt import Registrar
+    from ulae_rt.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    calls = CALLS if full else 1
+    started = time.perf_counter()
+    registrar = Registrar(device="cpu", precision="auto")
+    seconds = [time.perf_counter() - started]
+    for _ in range(1 + calls):
+        started = time.perf_counter()
+        registrar(MOVING, FIXED)
+        seconds.append(time.perf_counter() - started)
+    opening, first, *steady = seconds
+    if full:
+        timing.record("registrar", {"opening": opening, "first": first, "steady": steady})
+    steady.sort()
+    ranks = {
+        f"p{p}": steady[min(len(steady) - 1, round(p / 100 * len(steady)))] for p in (50, 95, 99)
+    }
+    with capsys.disabled():
+        print(f"\nRegistrar, {registrar.description}, affine included, nothing written")
+        print(f"opening {opening:.2f} s, first call {first:.2f} s, then of {len(steady)} calls")
+        print(", ".join(f"{name} {value:.2f} s" for name, value in ranks.items()))
 
 
 def test_import(full: bool, rounds: int, capsys: pytest.CaptureFixture[str]) -> None:

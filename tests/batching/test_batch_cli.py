@@ -268,7 +268,7 @@ def peak(calls):
     for _ in range(calls):
         registrar((image, np.eye(4)), (image + 1e-3, np.eye(4)))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(peak(8), peak(32))
+print(peak(4), peak(16))
 """
     tests = str(Path(__file__).parents[1])
     done = subprocess.run(
