@@ -1,6 +1,7 @@
 """The folder of a batch: what survives a kill, who may write, and what is refused."""
 
-import multiprocessing
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,22 +115,24 @@ def test_a_second_run_is_refused_and_shards_are_not(tmp_path):
         ResultsFolder(tmp_path, Shard(1, 2), SETTINGS).__enter__()
 
 
-def _hold(path, held, release):
-    with ResultsFolder(path, None, SETTINGS):
-        held.set()
-        release.wait()
+HOLD = """
+import sys
+from pathlib import Path
+from ulae_rt.batching.results import ResultsFolder
+with ResultsFolder(Path(sys.argv[1]), None, {"weights_sha256": "0", "affine": "none"}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(tmp_path, held, release))
-    other.start()
-    assert held.wait(60)
-    with pytest.raises(OutputError, match="another run is writing"):
-        ResultsFolder(tmp_path, None, SETTINGS).__enter__()
-    other.kill()
-    other.join()
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(OutputError, match="another run is writing"):
+            ResultsFolder(tmp_path, None, SETTINGS).__enter__()
+        other.kill()
     with ResultsFolder(tmp_path, None, SETTINGS):
         pass
 
