@@ -140,12 +140,30 @@ def test_what_is_said_of_a_shared_scan_is_said_of_each_pair(scans, tmp_path):
     assert ["sform and qform differ" in row.warnings[0] for row in rows.values()] == [True] * 3
 
 
-def test_the_network_is_given_full_batches(scans, tmp_path):
-    network = Batches(seconds=0.3)
+def test_the_network_is_given_full_batches(scans, tmp_path, monkeypatch):
+    prepared, prepare = threading.Semaphore(0), Registrar.prepare
+
+    def counted(self, *arguments, **more):
+        pair = prepare(self, *arguments, **more)
+        prepared.release()
+        return pair
+
+    class Held(Batches):
+        """Its first run takes until a full batch has been prepared beside it."""
+
+        def run(self, moving, fixed):
+            if not self.sizes:
+                for _ in range(min(len(moving) + 4, 7)):  # seven are prepared ahead at most
+                    assert prepared.acquire(timeout=60)
+                time.sleep(0.2)  # from prepared to handed over
+            return super().run(moving, fixed)
+
+    monkeypatch.setattr(Registrar, "prepare", counted)
+    network = Held()
     rows, _ = run(tmp_path, pairs_of(scans, 12), network, batch_size=4, workers=3)
-    assert len(rows) == 12
+    assert {row.status for row in rows.values()} == {"done"}
     assert sum(network.sizes) == 12
-    assert max(network.sizes) == 4  # while one batch ran, the next came together
+    assert max(network.sizes) == 4
 
 
 def test_a_pair_that_spoils_a_batch_fails_alone(scans, tmp_path):
