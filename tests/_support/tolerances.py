@@ -76,6 +76,65 @@ TOL = {
         "0.4: Adam takes a whole step even along a gradient that is all rounding",
     ),
     "lncc gradient float32": Tolerance(1e-3, "of the largest: two cancelling terms where flat"),
+    # Displacements, mm (or voxels of about one).
+    "displacement float32": Tolerance(
+        1e-5, "float32 steps by 7.6e-6 at 64 mm and rounds to half of it: 3.8e-6 measured at 71 mm"
+    ),
+    "displacement of a few mm float32": Tolerance(
+        1e-6, "float32 steps by 4.8e-7 at 4 mm and rounds to half of it: 8.5e-8 measured"
+    ),
+    "inverse between its voxels": Tolerance(
+        0.05, "an inverse curves between its voxels, where it is interpolated: 0.016 measured"
+    ),
+    "voxel by the header": Tolerance(
+        3e-5, "an oblique header's float32 axes are 2.7e-6 mm off; 2.1e-6 voxel measured"
+    ),
+    "centre of mass": Tolerance(
+        1e-5, "a voxel whose brightness rounds up, 1 of 7e6 at 30 mm, moves it by 4e-6; 0 measured"
+    ),
+    "jacobian float32": Tolerance(
+        1e-5, "nine differences of displacements of 26 mm, rounded to 9.5e-7: 3.2e-6 measured"
+    ),
+    # Images of 0 to 159 whose edges rise by up to 70 a mm: a wrong sign or axis shows as tens.
+    "image by ITK": Tolerance(
+        2e-3, "SimpleITK reads an oblique header's axes 4e-6 mm off; 1.8e-4 measured"
+    ),
+    "image by others": Tolerance(
+        1e-3, "ANTs, greedy, scipy: float32 headers and warps, 1.6e-6 mm off; 1.1e-4 measured"
+    ),
+    "image in our own two ways": Tolerance(
+        5e-4, "a displacement rounded to float32 once more, by 5e-7 mm at 10; 3.1e-5 measured"
+    ),
+    "image on its own voxels": Tolerance(
+        2e-11, "float64 steps by 1.4e-14 at voxel 100, times 159 a voxel: 2.3e-12; 4e-13 measured"
+    ),
+    "label ties": Tolerance(
+        1e-4, "share of voxels: one of the smallest image's 15,840; 1 of 147,456 measured"
+    ),
+    "intensity float32": Tolerance(2e-6, "means of 64 values from 0 to 1: 1.2e-7 measured"),
+    "correlation float32": Tolerance(
+        5e-14, "of values that are rounded by 6e-8: 1 less the square of that; 2.6e-15 measured"
+    ),
+    "similarity of one image": Tolerance(
+        3e-8, "resampled in our own two ways, which differ by 3e-5 of 158; 1.4e-9 measured"
+    ),
+    # The network, as an engine.
+    "network float32, one by one": Tolerance(
+        1e-4, "oneDNN may pick another kernel for another batch; 7e-6 of 3 voxels measured"
+    ),
+    "small network bfloat16": Tolerance(
+        0.5, "8 bits of mantissa: 0.021 voxel measured at displacements of 2.8"
+    ),
+    # What is measured of a registration.
+    "measure float64": Tolerance(
+        1e-14, "float64 values of up to 6 from the same numbers in another order: 4.4e-16 measured"
+    ),
+    "sdlogj float32": Tolerance(
+        3e-7, "logarithms of float32 determinants, each off by 6e-8: 1.5e-8 measured"
+    ),
+    "six decimals": Tolerance(
+        1e-6, "an average and its two parts, each rounded in a table by up to 5e-7; 0 measured"
+    ),
 }
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from _support.arrays import assert_arrays_close
 from _support.brains import GEOMETRIES, brain_at, centre_of, grid_affine, save_brain, world
+from _support.tolerances import TOL
 from ulae_rt.baselines import packages
 from ulae_rt.baselines.method import BASELINES, Baseline, BaselineOptions
 from ulae_rt.baselines.packages import Job
@@ -57,12 +59,6 @@ def ours(job: Job, u_mm: np.ndarray) -> np.ndarray:
     return warp_image(moving, Deformation(disp, grid, job.affine).sample(grid), grid)
 
 
-# Whoever is wrong by a sign, an axis or an order is off by tens of grey values of 250. Both sample
-# at points that differ by the rounding of float32 coordinates, 1e-5 mm of 100, on edges of up to
-# 100 grey values a millimetre.
-ROUNDING = 5e-3
-
-
 @pytest.mark.parametrize("name", FIXED)
 def test_syn_moves_as_ants_itself_does(name, tmp_path, monkeypatch):
     ants = pytest.importorskip("ants")
@@ -75,7 +71,7 @@ def test_syn_moves_as_ants_itself_does(name, tmp_path, monkeypatch):
         packages._to_ants(ants, job.moving, job.moving_grid),
         ["syn-1Warp.nii.gz", "syn-0GenericAffine.mat"],
     ).numpy()
-    np.testing.assert_allclose(ours(job, u_mm), theirs, atol=ROUNDING)
+    assert_arrays_close("ANTs", ours(job, u_mm), theirs, TOL["image by others"])
     assert np.corrcoef(theirs.ravel(), job.fixed.ravel())[0, 1] > 0.98
 
 
@@ -99,7 +95,7 @@ def test_greedy_moves_as_greedy_itself_does(name, tmp_path, monkeypatch):
     )
     theirs = from_sitk(kept[0]["moved"])
     np.testing.assert_array_equal(u_mm, packages.greedy(job, 1))  # the same every time
-    np.testing.assert_allclose(ours(job, u_mm), theirs, atol=ROUNDING)
+    assert_arrays_close("greedy", ours(job, u_mm), theirs, TOL["image by others"])
     assert np.corrcoef(theirs.ravel(), job.fixed.ravel())[0, 1] > 0.98
 
 
@@ -202,10 +198,11 @@ def test_affine_only_is_the_affine(scans):
     moving, fixed = read_volume(scans / "moving.nii.gz"), read_volume(scans / "fixed.nii.gz")
     expected = resample(moving, Grid(fixed.shape, fixed.affine), pair.affine)
     assert not np.array_equal(pair.affine, np.eye(4))
-    # A displacement in float32 mm, on edges of up to 100 grey values a millimetre.
-    np.testing.assert_allclose(result.moved.get_fdata(), expected, atol=ROUNDING)
+    assert_arrays_close(
+        "moved", result.moved.get_fdata(), expected, TOL["image in our own two ways"]
+    )
     determinant = np.linalg.det(pair.affine[:3, :3])
-    np.testing.assert_allclose(result.jacobian, determinant, atol=1e-4)
+    assert_arrays_close("jacobian", result.jacobian, determinant, TOL["jacobian float32"])
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -237,7 +234,7 @@ def test_a_batch_is_written_as_the_network_s(name, scans, tmp_path):
     )
     moved = nib.load(tmp_path / good.outputs["moved"]).get_fdata()
     expected = from_sitk(sitk.Resample(moving, fixed, warp, sitk.sitkLinear))
-    np.testing.assert_allclose(moved, expected, atol=ROUNDING)
+    assert_arrays_close("ITK", moved, expected, TOL["image by ITK"])
 
 
 def batch(scans, out, *more):
@@ -253,9 +250,9 @@ def test_the_command_registers_with_a_baseline(scans, tmp_path, capsys):
     assert (settings["method"], settings["affine"]) == ("affine", "com")
     [row] = read_results(out)
     assert row.status == "done"
-    assert (row.similarity_after, row.folding_percent) == (
-        pytest.approx(row.similarity_before, abs=1e-6), 0,
-    )  # fmt: skip
+    similarity = row.similarity_after, row.similarity_before
+    assert_arrays_close("similarity", *similarity, TOL["similarity of one image"])
+    assert row.folding_percent == 0
     # Another method's results do not mix with these.
     assert batch(scans, out, "--method", "affine", "--affine", "none", "--resume") == 1
     assert "was begun with affine com, now it is none" in capsys.readouterr().err

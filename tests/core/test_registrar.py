@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from _support.arrays import assert_arrays_close
 from _support.brains import GEOMETRIES, save_brain
 from _support.engines import SHAPE as TINY
 from _support.engines import write_engine
 from _support.nets import SHAPE, small_weights
+from _support.tolerances import TOL
 from ulae_rt import network as network_module
 from ulae_rt.cli import main
 from ulae_rt.engines import Engine, load_engine
@@ -44,8 +46,9 @@ def test_weights_show_the_interface_of_an_engine(weights):
     with torch.inference_mode():
         expected = load_model(weights).predict(torch.from_numpy(moving), torch.from_numpy(fixed))
     assert out.disp.dtype == out.moved.dtype == np.float32
-    np.testing.assert_allclose(out.disp, expected.disp.numpy(), atol=1e-4)
-    np.testing.assert_allclose(out.moved, expected.moved.numpy(), atol=1e-4)
+    for name in ("disp", "moved"):
+        found, truth = getattr(out, name), getattr(expected, name).numpy()
+        assert_arrays_close(name, found, truth, TOL["network float32, one by one"])
     np.testing.assert_array_equal(later.disp, out.disp)
     with pytest.raises(UsageError, match="the engine is closed"):
         engine.run(moving, fixed)
@@ -60,7 +63,7 @@ def test_precision_auto_is_what_the_weights_are(weights):
     half = load_network(weights, device="cpu", precision="bf16")
     assert half.description == "torch, cpu, bf16"
     difference = np.abs(half.run(moving, fixed).disp - exact.run(moving, fixed).disp)
-    assert 0 < difference.max() < 0.5
+    assert 0 < difference.max() < TOL["small network bfloat16"].absolute
 
 
 def test_fp16_on_the_cpu_is_refused(weights):

@@ -9,8 +9,10 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
+from _support.arrays import assert_arrays_close
 from _support.brains import centre_of, grid_affine, world
 from _support.labelled import FIXED, MOVING, SHIFT, labelled_pair, save
+from _support.tolerances import TOL
 from ulae_rt.batching.pairs import Pair
 from ulae_rt.errors import EvaluationError, ShapeError
 from ulae_rt.evaluation.measures import (
@@ -92,8 +94,8 @@ def test_dice_agrees_with_simpleitk_from_the_files_alone(pair, tmp_path, fmt):
     overlap = sitk.LabelOverlapMeasuresImageFilter()
     overlap.Execute(fixed, moved)
     for label, dice in case.dice.items():
-        # A point half-way between two voxels may be rounded either way.
-        assert dice == pytest.approx(overlap.GetDiceCoefficient(label), abs=2e-3)
+        theirs = overlap.GetDiceCoefficient(label)
+        assert_arrays_close(f"Dice of {label}", dice, theirs, TOL["measure float64"])
         assert 0.3 < dice < 0.99
 
 
@@ -115,9 +117,8 @@ def test_regularity_follows_learn2reg_s_formula(pair, tmp_path, height):
     determinant = learn2reg_determinant(disp, FIXED[1])
     shifted = np.log((determinant + 3).clip(1e-9, 1e9)).std()
     plain = np.log(determinant.clip(1e-9, 1e9)).std()
-    # Their determinant is in double precision, ours in single.
-    assert case.sdlogj_l2r == pytest.approx(shifted, rel=1e-5)
-    assert case.sdlogj == pytest.approx(plain, rel=1e-3)
+    found = [case.sdlogj_l2r, case.sdlogj]
+    assert_arrays_close("SDlogJ", found, [shifted, plain], TOL["sdlogj float32"])
     assert case.foldings == np.count_nonzero(determinant <= 0)
     assert (case.foldings > 0) == (height > 1)
 
@@ -168,7 +169,8 @@ def test_a_round_trip_is_as_good_as_the_way_back(pair, tmp_path):
     back = np.broadcast_to(-SHIFT + [0.3, 0, 0.4], (*MOVING[0], 3)).astype(np.float32)
     Warp(back, read_volume(pair.moving)).save(tmp_path / "back.nii.gz")
     case = one(pair, replace(there, inverse_warp=tmp_path / "back.nii.gz"))
-    assert case.inverse_consistency_mm == pytest.approx(0.5, abs=1e-5)
+    few = TOL["displacement of a few mm float32"]
+    assert_arrays_close("there and back", case.inverse_consistency_mm, 0.5, few)
     assert math.isnan(one(pair, there).inverse_consistency_mm)
 
 
@@ -183,8 +185,10 @@ def test_learn2reg_s_warps_are_of_the_scans_grids(pair, tmp_path):
     labels = np.asarray(nib.load(pair.fixed_labels).dataobj)
     moved = np.roll(labels, -1, axis=1)  # nothing lies at the border
     both = np.count_nonzero((labels == 9) & (moved == 9))
-    assert case.dice[9] == pytest.approx(both / np.count_nonzero(labels == 9), abs=1e-12)
-    assert case.inverse_consistency_mm == pytest.approx(0, abs=1e-5)
+    overlap = both / np.count_nonzero(labels == 9)
+    assert_arrays_close("Dice", case.dice[9], overlap, TOL["measure float64"])
+    few = TOL["displacement of a few mm float32"]
+    assert_arrays_close("there and back", case.inverse_consistency_mm, 0, few)
 
 
 def test_landmarks_count_without_labels(pair, tmp_path):
@@ -199,7 +203,8 @@ def test_landmarks_count_without_labels(pair, tmp_path):
         moving_landmarks=tmp_path / "moving.csv",
     )
     case = one(pair, RIGHT)
-    assert case.tre_mm == pytest.approx({"0": 1.0, "1": 1.0}, abs=1e-5)
+    few = TOL["displacement of a few mm float32"]
+    assert case.tre_mm == pytest.approx({"0": 1.0, "1": 1.0}, abs=few.absolute)
     assert case.dice == case.hd95_mm == {}
 
 
@@ -261,11 +266,12 @@ def test_regularity_by_hand():
     jacobian = np.ones((5, 5, 6), np.float32)
     jacobian[2, 2, 2] = math.e
     # Two voxels are left, with logarithms 1 and 0.
-    assert sd_log_jacobian(jacobian) == pytest.approx(0.5, abs=1e-6)
+    tol = TOL["sdlogj float32"]
+    assert_arrays_close("e", sd_log_jacobian(jacobian), 0.5, tol)
     expected = (math.log(math.e + 3) - math.log(4)) / 2
-    assert sd_log_jacobian(jacobian, shift=3) == pytest.approx(expected, abs=1e-6)
+    assert_arrays_close("shifted", sd_log_jacobian(jacobian, shift=3), expected, tol)
     jacobian[2, 2, 3] = -5
-    assert sd_log_jacobian(jacobian) == pytest.approx((1 + 9 * math.log(10)) / 2, abs=1e-6)
+    assert_arrays_close("folded", sd_log_jacobian(jacobian), (1 + 9 * math.log(10)) / 2, tol)
     with pytest.raises(ShapeError, match=r"4x5x6 voxels, expected at least 5"):
         sd_log_jacobian(jacobian[:4])
 
@@ -274,8 +280,8 @@ def test_scaling_alone_is_regular():
     affine = np.diag([1.0, 2, 3, 1])
     disp = (world((6, 7, 8), affine) * 0.25).astype(np.float32)
     jacobian = jacobian_determinant(disp, affine)
-    assert jacobian[3, 3, 3] == pytest.approx(1.25**3, rel=1e-5)
-    assert sd_log_jacobian(jacobian) == pytest.approx(0, abs=1e-5)
+    assert_arrays_close("jacobian", jacobian[3, 3, 3], 1.25**3, TOL["jacobian float32"])
+    assert_arrays_close("SDlogJ", sd_log_jacobian(jacobian), 0, TOL["sdlogj float32"])
 
 
 def test_pairs_without_anything_to_compare_are_said(pair):

@@ -4,7 +4,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from _support.arrays import assert_arrays_close
 from _support.brains import GEOMETRIES, centre_of, grid_affine, real_brain, save_brain
+from _support.tolerances import TOL
 from ulae_rt.errors import GeometryError, UsageError
 from ulae_rt.imaging import affine as affine_module
 from ulae_rt.imaging.affine import register_affine
@@ -83,7 +85,7 @@ def test_com_moves_centre_onto_centre(tmp_path):
     found = register_affine(moving, fixed, "com")
     assert np.array_equal(found[:3, :3], np.eye(3))
     offset = centre_of(shape, affine) - centre_of(*GEOMETRIES["RAS"])
-    np.testing.assert_allclose(found[:3, 3], offset, atol=0.1)
+    assert_arrays_close("offset", found[:3, 3], offset, TOL["centre of mass"])
 
 
 def test_an_unknown_mode_is_refused(moving, fixed):

@@ -7,7 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from _support.arrays import assert_arrays_close
 from _support.brains import GEOMETRIES, centre_of, grid_affine, save_brain
+from _support.tolerances import TOL
 from ulae_rt.errors import GeometryError, ImageError, UsageError
 from ulae_rt.imaging.grid import (
     Grid,
@@ -51,7 +53,7 @@ def test_the_grid_is_centred_on_the_brain(tmp_path, name):
     margins = inside.min(0), np.array(grid.shape) - 1 - inside.max(0)
     assert np.abs(margins[0] - margins[1]).max() <= 4  # voxels of 2 mm end where they end
     voxel = nib.affines.apply_affine(np.linalg.inv(affine), grid.affine[:3, 3])
-    np.testing.assert_allclose(voxel, np.rint(voxel), atol=1e-4)
+    assert_arrays_close("first voxel", voxel, np.rint(voxel), TOL["voxel by the header"])
 
 
 def test_a_brain_that_fits_exactly_is_not_cut(tmp_path):
@@ -112,7 +114,8 @@ def test_z_scores_are_shifted_and_the_background_stays_dark(caplog):
     assert "0 is taken for the background" in caplog.text
     assert np.array_equal(fixed.data > 0, data != 0)
     brain = data != 0
-    assert np.corrcoef(fixed.data[brain], data[brain])[0, 1] == pytest.approx(1, abs=1e-5)
+    similar = np.corrcoef(fixed.data[brain], data[brain])[0, 1]
+    assert_arrays_close("correlation", similar, 1, TOL["correlation float32"])
 
 
 def test_hounsfield_units_get_a_dark_background():
@@ -165,7 +168,7 @@ def test_a_fine_scan_is_averaged_not_picked_from():
     grid = Grid((8, 8, 8), nib.affines.from_matvec(np.eye(3), [1.375] * 3))
     seen = network_input(fine, grid, None, "max")
     blocks = noise.reshape(10, 4, 10, 4, 10, 4).mean((1, 3, 5))[1:9, 1:9, 1:9]
-    np.testing.assert_allclose(seen, blocks / noise.max(), atol=1e-5)
+    assert_arrays_close("means", seen, blocks / noise.max(), TOL["intensity float32"])
 
 
 def test_resampling_far_outside_is_zero_and_labels_keep_their_type():

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from _support.arrays import assert_arrays_close
+from _support.tolerances import TOL
 from ulae_rt.errors import OutputError, ShapeError
 from ulae_rt.imaging import qc
 
@@ -86,8 +88,9 @@ def test_displacement_is_drawn_along_the_axes_of_an_oblique_grid() -> None:
     views = qc._Views(*volumes.values(), affine)
     np.testing.assert_allclose(views.spacing, [1, 2, 3])
     move, length = qc._in_plane(views, qc.PLANES[2])
-    np.testing.assert_allclose(move - [0.0, 4.0], 0, atol=1e-5)
-    np.testing.assert_allclose(length, 4, rtol=1e-6)
+    few = TOL["displacement of a few mm float32"]
+    assert_arrays_close("move", move - [0.0, 4.0], 0, few)
+    assert_arrays_close("length", length, 4, few)
 
 
 def test_world_position_of_the_slices() -> None:

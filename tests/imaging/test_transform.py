@@ -6,7 +6,9 @@ import pytest
 import SimpleITK as sitk
 from scipy.ndimage import map_coordinates
 
+from _support.arrays import assert_arrays_close, assert_labels_agree
 from _support.brains import GEOMETRIES, centre_of, grid_affine, save_brain, world
+from _support.tolerances import TOL
 from ulae_rt.errors import ShapeError
 from ulae_rt.imaging.grid import Grid, grid_of, resample, working_grid
 from ulae_rt.imaging.nifti import read_volume, volume_from_array, write_volume
@@ -70,7 +72,7 @@ def test_itk_applying_our_files_gives_our_files(tmp_path, fixed_name, moving_nam
     ours = nib.load(tmp_path / "o.nii.gz").get_fdata()
     assert np.corrcoef(ours.ravel(), fixed.data.ravel())[0, 1] > 0.5  # the brains do meet
     inside = (slice(2, -2),) * 3
-    assert np.abs(seen - ours)[inside].max() < 1e-3 * np.ptp(moving.data)
+    assert_arrays_close("ITK", ours[inside], seen[inside], TOL["image by ITK"])
 
     moved_labels = warp_image(
         read_volume(tmp_path / "ml.nii.gz", kind="labels"), disp, grid_of(fixed), "nearest"
@@ -82,8 +84,7 @@ def test_itk_applying_our_files_gives_our_files(tmp_path, fixed_name, moving_nam
         tmp_path / "f.nii.gz",
         sitk.sitkNearestNeighbor,
     )
-    # A header's single precision may turn a tie; nothing else may differ.
-    assert np.count_nonzero(seen != moved_labels) <= 1e-4 * seen.size
+    assert_labels_agree("ITK", moved_labels, seen, TOL["label ties"])
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -101,7 +102,7 @@ def test_a_displacement_on_the_grid_lands_where_the_formula_says(name):
     at = np.moveaxis(index, -1, 0)
     u_mm = 2 * np.stack([map_coordinates(c, at, order=1, mode="nearest") for c in u], -1)
     expected = nib.affines.apply_affine(TILT, points + u_mm) - points
-    np.testing.assert_allclose(disp, expected, atol=2e-4)
+    assert_arrays_close("formula", disp, expected, TOL["displacement float32"])
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -111,7 +112,8 @@ def test_a_shift_to_the_right_is_three_mm_in_world_whatever_the_axes(tmp_path, n
     u = np.zeros((3, *SHAPE), np.float32)
     u[0] = 3
     disp = Deformation(u, grid, np.eye(4)).sample(grid_of(fixed))
-    np.testing.assert_allclose(disp, np.broadcast_to([3, 0, 0], disp.shape), atol=1e-5)
+    right = np.broadcast_to([3, 0, 0], disp.shape)
+    assert_arrays_close("shift", disp, right, TOL["displacement of a few mm float32"])
     # moved(x) = moving(x + 3 R): one voxel of bright, 3 mm to the right of where it is found
     spot = volume_from_array(
         np.zeros((9, 9, 9), np.float32), np.diag([1.0, 1, 1, 1]), name="moving", kind="labels"
@@ -146,7 +148,8 @@ def test_the_half_resolution_grid_lies_between_its_voxels():
     u[0] = ramp.reshape(4, 2, 4, 2, 4, 2).mean((1, 3, 5)) / 2  # in voxels of 2 mm
     disp = Deformation(u, pooled, np.eye(4)).sample(grid)
     expected = [0.5, 1, 2, 3, 4, 5, 6, 6.5]  # linear inside, clamped at both ends
-    np.testing.assert_allclose(disp[:, 3, 3, 0], expected, atol=1e-6)
+    few = TOL["displacement of a few mm float32"]
+    assert_arrays_close("pooled", disp[:, 3, 3, 0], expected, few)
 
 
 def test_a_displacement_of_another_grid_is_refused():
@@ -160,7 +163,7 @@ def test_jacobian_of_a_linear_map_is_its_determinant(name):
     disp = Deformation(np.zeros((3, 4, 4, 4), np.float32), Grid((4, 4, 4), np.eye(4)), TILT)
     jacobian = jacobian_determinant(disp.sample(Grid(shape, affine)), affine)
     assert jacobian.dtype == np.float32
-    np.testing.assert_allclose(jacobian, np.linalg.det(TILT[:3, :3]), rtol=2e-4)
+    assert_arrays_close("linear", jacobian, np.linalg.det(TILT[:3, :3]), TOL["jacobian float32"])
 
 
 def test_jacobian_of_a_known_field_on_an_oblique_grid():
@@ -178,9 +181,8 @@ def test_jacobian_of_a_known_field_on_an_oblique_grid():
         -2,
     )
     inside = (slice(1, -1),) * 3  # central differences of a quadratic are exact
-    np.testing.assert_allclose(
-        jacobian_determinant(disp, affine)[inside], np.linalg.det(gradient)[inside], atol=1e-4
-    )
+    found, expected = jacobian_determinant(disp, affine), np.linalg.det(gradient)
+    assert_arrays_close("quadratic", found[inside], expected[inside], TOL["jacobian float32"])
 
 
 def test_folding_counts_the_image_and_the_brain():
@@ -201,7 +203,7 @@ def test_one_interpolation_only(tmp_path):
     grid, _ = working_grid(volume, SHAPE)
     zero = Deformation(np.zeros((3, *SHAPE), np.float32), grid, np.eye(4))
     moved = warp_image(volume, zero.sample(grid_of(volume)), grid_of(volume))
-    np.testing.assert_allclose(moved, volume.data, atol=1e-3)
+    assert_arrays_close("moved", moved, volume.data, TOL["image on its own voxels"])
 
 
 def test_resampling_through_an_affine_is_the_warp_of_its_displacement(tmp_path):
@@ -211,4 +213,4 @@ def test_resampling_through_an_affine_is_the_warp_of_its_displacement(tmp_path):
     moved = warp_image(moving, zero.sample(grid_of(fixed)), grid_of(fixed))
     inside = (slice(2, -2),) * 3
     direct = resample(moving, grid_of(fixed), TILT)
-    np.testing.assert_allclose(direct[inside], moved[inside], atol=0.05)
+    assert_arrays_close("direct", direct[inside], moved[inside], TOL["image in our own two ways"])

@@ -16,7 +16,7 @@ from ulae_rt.evaluation.protocol import Protocol
 from ulae_rt.optional import require
 
 AVERAGE = "Avg."
-# Learn2Reg's names of the measures.
+# Of Learn2Reg, whose layout `learn2reg_json` writes.
 _L2R_VERSION = "2.0"
 Row = Mapping[str, Any]
 
