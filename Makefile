@@ -20,7 +20,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format kernel-table bench test-gpu bench-gpu tune-gpu build/path clean
+.PHONY: help install demo test check format kernel-table bench test-gpu bench-gpu tune-gpu profile-gpu build/path clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -60,8 +60,8 @@ format: $(STAMP)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## run the benchmarks
-	$(BIN)/python -P -m pytest bench $(ARGS)
+bench: $(STAMP)  ## run the benchmarks, as pytest --benchmark does, and write their report
+	$(BIN)/python -P -m pytest --benchmark $(ARGS)
 
 kernel-table: $(STAMP)  ## compile the kernels for every GPU and show what each takes of it
 	$(BIN)/python -P -m ulae_rt.kernels.resources $(ARGS)
@@ -88,10 +88,15 @@ test-gpu: build/path  ## run the kernels' tests with this machine's own python3,
 	$(BARE_PYTEST) $(GPU_ALONE) $(ARGS) || [ $$? -eq 5 ]
 
 bench-gpu: build/path  ## run the benchmarks in the same way
-	$(BARE_PYTEST) bench $(ARGS)
+	$(BARE_PYTEST) --benchmark $(ARGS)
+
+BARE_PYTHON = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path:$(CURDIR)/bench:$(CURDIR)/tests" python3
 
 tune-gpu: build/path  ## measure launch configurations and propose lines for kernels/_configs.py
-	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path:$(CURDIR)/bench" python3 bench/tune.py $(ARGS)
+	$(BARE_PYTHON) bench/tune.py $(ARGS)
+
+profile-gpu: build/path  ## list the kernels that a training step spends its time in
+	$(BARE_PYTHON) bench/profile_step.py $(ARGS)
 
 clean:  ## remove everything that was built, and the environment
 	rm -rf $(VENV) build dist $(DEMO) *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

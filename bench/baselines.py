@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -158,19 +159,21 @@ def _monai(window: int) -> Call:
 
 
 def _voxelmorph(window: int) -> Call:
-    losses = importlib.import_module("voxelmorph.torch.losses")
-    loss = losses.NCC(win=[window] * 3)
-    return lambda x, y: -loss.loss(y, x).reshape(1)
+    # VoxelMorph's own refuses to be made and names this one.
+    loss = importlib.import_module("neurite.nn.modules").NCC(window_size=window)
+    return lambda x, y: loss(x, y).reshape(1)
 
 
 def _monai_warp() -> Call:
     blocks = importlib.import_module("monai.networks.blocks")
-    return blocks.Warp(mode="bilinear", padding_mode="zeros")  # type: ignore[no-any-return]
+    with warnings.catch_warnings():  # that it samples by torch's grid_sample, as was asked for
+        warnings.simplefilter("ignore")
+        return blocks.Warp(mode="bilinear", padding_mode="zeros")  # type: ignore[no-any-return]
 
 
-def _voxelmorph_warp(sizes: tuple[int, ...], device: torch.device) -> Call:
-    layers = importlib.import_module("voxelmorph.torch.layers")
-    return layers.SpatialTransformer(sizes).to(device)  # type: ignore[no-any-return]
+def _voxelmorph_warp() -> Call:
+    modules = importlib.import_module("voxelmorph.nn.modules")
+    return modules.SpatialTransformer()  # type: ignore[no-any-return]
 
 
 def _found(makers: dict[str, Callable[[], Call]]) -> dict[str, Call | str]:
@@ -179,8 +182,8 @@ def _found(makers: dict[str, Callable[[], Call]]) -> dict[str, Call | str]:
     for name, make in makers.items():
         try:
             found[name] = make()
-        except ModuleNotFoundError:
-            found[name] = "not installed"
+        except ModuleNotFoundError as error:  # of fireants, the operators that it is built with
+            found[name] = f"{error.name} is not installed"
         except Exception as error:  # another version of it: a benchmark goes on without
             found[name] = f"{type(error).__name__}: {error}"
     return found
@@ -198,5 +201,6 @@ def lncc_peers(window: int) -> dict[str, Call | str]:
     )
 
 
-def warp_peers(sizes: tuple[int, ...], device: torch.device) -> dict[str, Call | str]:
-    return _found({"monai": _monai_warp, "voxelmorph": lambda: _voxelmorph_warp(sizes, device)})
+def warp_peers() -> dict[str, Call | str]:
+    """Warped image, by each peer's own layer."""
+    return _found({"monai": _monai_warp, "voxelmorph": _voxelmorph_warp})

@@ -1,27 +1,18 @@
-"""Options of the benchmarks."""
+"""Registers what ``pytest --benchmark`` does, and hands it to the tests."""
 
 import pytest
 
+from harness.plugin import Benchmarks
+from harness.runner import Runner
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--sizes",
-        choices=("full", "small"),
-        default="full",
-        help="full: 160x192x160, recorded under bench/results; small: a smoke test, not recorded",
-    )
-    parser.addoption("--rounds", type=int, default=5, help="how often each contender is timed")
-    parser.addoption("--rows", default="", help="of the ops, only those with this in their name")
-    parser.addoption(
-        "--profile", action="store_true", help="list the kernels a training step spends its time in"
-    )
+_NAME = "benchmarks of ulae_rt"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Benchmarks(config), _NAME)
 
 
 @pytest.fixture
-def full(request: pytest.FixtureRequest) -> bool:
-    return bool(request.config.getoption("--sizes") == "full")
-
-
-@pytest.fixture
-def rounds(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--rounds"))
+def runner(pytestconfig: pytest.Config) -> Runner:
+    benchmarks: Benchmarks = pytestconfig.pluginmanager.getplugin(_NAME)
+    return benchmarks.runner

@@ -11,18 +11,22 @@ Printed are the lines to paste before the current ones, which a person judges an
 
 import argparse
 import contextlib
+import datetime
 import itertools
+import json
 import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import timing
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from harness import machine
+from harness.record import RESULTS
 from ulae_rt import kernels
 from ulae_rt.kernels import _configs
 from ulae_rt.kernels._configs import TABLE, LaunchConfig, Line, launch_config
@@ -221,6 +225,16 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return ranked[0]
 
 
+def record(results: dict[str, Any]) -> Path:
+    """Write every candidate's samples, and what they were measured on."""
+    facts, (commit, dirty) = machine.facts(), machine.commit()
+    today = datetime.date.today().isoformat()
+    path = RESULTS / f"tune-{facts['name']}-{today}-{commit}{'-dirty' * dirty}.json"
+    content = {"machine": facts, "versions": machine.versions(), "kernels": results}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -262,7 +276,7 @@ def main() -> int:
                 proposals.append(f'"{kernel}": {text}  # {gain:.2f} times as fast')
     if not arguments.dry_run:
         print("\nto paste before the lines that are there:", *(proposals or ["nothing"]), sep="\n")
-        print(timing.record("tune", results, "python bench/tune.py"))
+        print(record(results))
     return 0
 
 

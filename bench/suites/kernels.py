@@ -1,42 +1,43 @@
-"""Every op against its floor and against what a user has today, one row a case.
+"""Every op, forward and backward, against what a user has today and against its floor.
 
 The floor is what must be read and written, once, at the copy bandwidth measured in the same run.
 A contender is checked against float64 before it is timed, and this package's must be right; a
-baseline's error is printed beside its time.
+baseline's error is shown beside its time. On a CPU the package's ops are plain torch.
 """
 
 import itertools
 import math
-import statistics
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import baselines
-import gpu_timing
-import pytest
-import timing
 import torch
 import torch._functorch.config
 from torch import Tensor
 
+import baselines
 from _support.kernels import implementation
 from _support.ops import OPS, WINDOWS, cotangents, outputs_of
-from _support.volumes import Sizes
+from harness import gpu_timing
+from harness.case import FULL, PACKAGE, RELEASED, Case, Measured, Outcome, Setting, Sizes
+from harness.rounds import interleaved
 from ulae_rt import kernels
-from ulae_rt.conventions import FULL_SHAPE
 
-# A contender's warning must not throw away what was measured.
-pytestmark = pytest.mark.filterwarnings("default")
-
+NAME = "kernels"
 SMALL: Sizes = (8, 16, 8)
-PACKAGE = "ulae_rt"
+# What plain torch does of it on a CPU in the time of a benchmark.
+ON_CPU: Sizes = (96, 96, 96)
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
-# A row whose contenders take seconds a round gets fewer rounds than it was asked for, at least 3.
 SECONDS_PER_STATE = 4.0
+# A sample of a GPU is a millisecond: more of them than of what takes seconds.
+GPU_ROUNDS = 4
 # Relative RMS error above which this package's result counts as wrong.
 GATES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+_PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -71,7 +72,7 @@ class Row:
         needs: which inputs get a gradient; all where not given.
         types: the inputs' types, in their order; float32 where not given.
         linear: the backward needs no input, so does not read them.
-        goal: times the floor, or with ``goal_us`` microseconds; printed, never asserted.
+        goal: times the floor, or with ``goal_us`` microseconds; shown, never asserted.
         baselines: other ways, by name.
         missing: peers that there are none of, and why.
     """
@@ -87,19 +88,38 @@ class Row:
     baselines: dict[str, Contender] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def inputs(self, sizes: Sizes, seed: int, device: torch.device) -> list[Tensor]:
-        made = self.make(sizes, seed, device)
-        return [x.to(t) for x, t in zip(made, self.types or [torch.float32] * 9, strict=False)]
+    @property
+    def goal_text(self) -> str:
+        """What was asked for, for people."""
+        if self.goal_us:
+            return f"{self.goal_us:.0f} us"
+        return f"{self.goal:.2f} x the floor" if self.goal else ""
+
+    @property
+    def precision(self) -> str:
+        """Of what is read first."""
+        return _PRECISIONS[self.types[0]] if self.types else "fp32"
+
+    def inputs(self, sizes: Sizes, batch: int, seed: int, device: torch.device) -> list[Tensor]:
+        """A batch of volumes, each of its own seed."""
+        made = zip(*(self.make(sizes, seed + i, device) for i in range(batch)), strict=True)
+        types = self.types or [torch.float32] * 9
+        return [_batched(x).to(t) for x, t in zip(made, types, strict=False)]
 
     def needed(self, inputs: list[Tensor]) -> tuple[bool, ...]:
         return self.needs or (True,) * len(inputs)
 
 
+def _batched(tensors: tuple[Tensor, ...]) -> Tensor:
+    # Of one, itself: concatenating would lose its memory layout.
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
 def released(call: Call, *, compiled: bool = True, **options: Any) -> dict[str, Contender]:
     """The released arithmetic as it is and compiled."""
-    found = {"released, eager": Contender(call, **options)}
+    found = {RELEASED: Contender(call, **options)}
     if compiled:
-        found["released, compiled"] = Contender(call, compiled=True, **options)
+        found[f"{RELEASED}, compiled"] = Contender(call, compiled=True, **options)
     return found
 
 
@@ -111,19 +131,20 @@ def with_peers(
     return able, {k: v for k, v in peers.items() if isinstance(v, str)}
 
 
-def all_rows(sizes: Sizes, device: torch.device) -> dict[str, Row]:
+def all_rows() -> dict[str, Row]:
+    """Every case by name."""
     half, brain = torch.float16, torch.bfloat16
     warp = partial(Row, kernels.warp, OPS["warp"].make)
     both = OPS["warp_compose"].make
     lncc = partial(Row, partial(kernels.multi_window_lncc, windows=WINDOWS))
     images = OPS["multi_window_lncc"].make
     one = (True, False)
-    warp_able, warp_missing = with_peers(baselines.warp_peers(sizes, device))
+    warp_able, warp_missing = with_peers(baselines.warp_peers())
     lncc_able, lncc_missing = with_peers(baselines.lncc_peers(9))
     dense = {
-        "released, eager": Contender(baselines.ncc),
-        "released, eager, TF32": Contender(baselines.ncc, tf32=True),
-        "released, compiled": Contender(baselines.ncc, compiled=True),
+        RELEASED: Contender(baselines.ncc),
+        f"{RELEASED}, TF32": Contender(baselines.ncc, tf32=True),
+        f"{RELEASED}, compiled": Contender(baselines.ncc, compiled=True),
         "separable, compiled": Contender(baselines.separable_ncc, compiled=True),
     }
     single = {
@@ -297,130 +318,91 @@ def contenders(row: Row, on_gpu: bool) -> Iterator[tuple[str, Contender]]:
             yield name, contender
 
 
-def measured(row: Row, sizes: Sizes, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Samples and error of every contender, in turn."""
-    on_gpu = device.type == "cuda"
-    first = row.inputs(sizes, 1, device)
-    count = gpu_timing.sets_of(first)
-    sets = [first, *(row.inputs(sizes, 10 * seed, device) for seed in range(1, count))]
-    truth = in_float64(row, first)
-    found: dict[str, Any] = {}
-    timed: dict[str, gpu_timing.Timed] = {}
-    for name, contender in contenders(row, on_gpu):
-        call = contender.call
-        if contender.compiled:
-            call = torch.compile(call, dynamic=False)
-        try:
-            entry = gpu_timing.Timed(
-                partial(prepared, row, contender, call), sets, capture=contender.capture
-            )
-        except Exception as error:
-            if name == PACKAGE:
-                raise
-            found[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-            continue
-        error = error_of(entry.first, truth)
-        found[name] = {"error": error, "how": entry.how, "runs_per_sample": entry.count}
-        if name == PACKAGE:
-            width = row.types[0] if row.types else torch.float32
-            if error > GATES[width]:
-                # Nothing is timed that is not right.
-                return {"contenders": found, "wrong": f"off by {error:.1e}"}
-            moved = traffic(row, first, entry.first)
-        timed[name] = entry
-    round_seconds = sum(entry.sample_seconds for entry in timed.values())
-    if round_seconds * rounds > SECONDS_PER_STATE:
-        rounds = max(3, int(SECONDS_PER_STATE / round_seconds))
-    for state in ("cold", "hot"):
-        samples = timing.interleaved(
-            {name: partial(entry.seconds, state) for name, entry in timed.items()}, rounds
-        )
-        for name, seconds in samples.items():
-            found[name][state] = seconds
-    return {"bytes": moved, "contenders": found}
-
-
-def lines(name: str, row: Row, result: dict[str, Any], bandwidth: float) -> list[str]:
-    """The row as text: this package first, the others by how much longer they take."""
-    if "wrong" in result:
-        return [f"{name:<40}WRONG, not timed: {result['wrong'].splitlines()[0][:100]}"]
-    floor = result["bytes"] / bandwidth
-    own = statistics.median(result["contenders"][PACKAGE]["cold"])
-    own_hot = statistics.median(result["contenders"][PACKAGE]["hot"])
-    out = []
-    for contender, each in result["contenders"].items():
-        label = name if contender == PACKAGE else f"  {contender}"
-        if "failed" in each:
-            out.append(f"{label:<40}failed: {each['failed'][:80]}")
-            continue
-        cold, hot = (statistics.median(each[state]) for state in ("cold", "hot"))
-        text = (
-            f"{label:<40}{cold * 1e6:>10.1f}{min(each['cold']) * 1e6:>10.1f}"
-            f"{max(each['cold']) * 1e6:>10.1f}{hot * 1e6:>10.1f}"
-        )
-        if contender == PACKAGE:
-            goal = f"{row.goal:.2f}" if row.goal else ""
-            if row.goal_us:
-                goal = f"{row.goal_us:.0f} us"
-            text += (
-                f"{result['bytes'] / cold / 1e9:>8.0f}{100 * floor / cold:>7.0f} %"
-                f"{floor * 1e6:>9.1f}{cold / floor:>8.2f}{goal:>8}"
-            )
-        else:
-            text += f"{'x':>8}{cold / own:>9.2f} cold,{hot / own_hot:>8.2f} hot"
-        out.append(f"{text}  {each['how']}, off by {each['error']:.0e}")
-    out += [f"  {peer:<38}{why[:90]}" for peer, why in row.missing.items()]
-    return out
-
-
-HEADER = (
-    f"{'microseconds':<40}{'cold':>10}{'min':>10}{'max':>10}{'hot':>10}"
-    f"{'GB/s':>8}{'of copy':>9}{'floor':>9}{'ratio':>8}{'goal':>8}"
-)
-
-
-def test_kernels(
-    full: bool, rounds: int, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
-) -> None:
+def measured(row: Row, sizes: Sizes, batch: int, rounds: int) -> Measured:
+    """Error, cold and hot seconds of every contender, in turn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = FULL_SHAPE if full else SMALL
-    if full and device.type == "cpu":
-        pytest.skip("kernels are timed on a GPU; --sizes small runs this code on the CPU")
-    chosen = request.config.getoption("--rows")
-    allow_tf32, threads = torch.backends.cudnn.allow_tf32, torch.get_num_threads()
-    if not full:
-        torch.set_num_threads(1)  # small volumes: a second thread only waits for the first
+    on_gpu = device.type == "cuda"
+    found = {name: Outcome("left out", why) for name, why in row.missing.items()}
+    timed: dict[str, gpu_timing.Timed] = {}
+    moved = None
+    with settled(), gpu_timing.own_stream(device):
+        first = row.inputs(sizes, batch, 1, device)
+        count = gpu_timing.sets_of(first)
+        sets = [first, *(row.inputs(sizes, batch, 10 * seed, device) for seed in range(1, count))]
+        truth = in_float64(row, first)
+        errors: dict[str, float] = {}
+        for name, contender in contenders(row, on_gpu):
+            call = contender.call
+            if contender.compiled:
+                call = torch.compile(call, dynamic=False)
+            try:
+                entry = gpu_timing.Timed(
+                    partial(prepared, row, contender, call), sets, capture=contender.capture
+                )
+            except Exception as error:  # a peer of another version, a graph that gives up
+                found[name] = Outcome("failed", f"{type(error).__name__}: {error}")
+                continue
+            errors[name] = error_of(entry.first, truth)
+            if name == PACKAGE:
+                allowed = GATES[row.types[0] if row.types else torch.float32]
+                if not errors[name] <= allowed:
+                    wrong = f"off by {errors[name]:.1e} of the result, at most {allowed:g} allowed"
+                    found[name] = Outcome("wrong", wrong, error=errors[name])
+                    continue
+                moved = traffic(row, first, entry.first)
+            timed[name] = entry
+        rounds = GPU_ROUNDS * rounds if on_gpu else rounds
+        seconds = {
+            state: interleaved(
+                {name: partial(entry.seconds, state) for name, entry in timed.items()},
+                rounds,
+                SECONDS_PER_STATE,
+            )
+            for state in (("cold", "hot") if on_gpu else ("cold",))
+        }
+    for name, entry in timed.items():
+        hot = seconds["hot"][name] if on_gpu else []
+        found[name] = Outcome(
+            seconds=seconds["cold"][name], hot=hot, error=errors[name], how=entry.how
+        )
+    return Measured(found, bytes=moved)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """torch's settings as a case wants them, and as they were afterwards."""
+    before = torch.backends.cudnn.allow_tf32, torch._functorch.config.donated_buffer
     # A compiled backward pass may else use up what it is to be run on again.
     torch._functorch.config.donated_buffer = False
-    results: dict[str, Any] = {}
-    report = []
     try:
-        with gpu_timing.own_stream(device):
-            bandwidth = gpu_timing.copy_bandwidth(device)
-            rows = {k: v for k, v in all_rows(sizes, device).items() if chosen in k}
-            for name, row in rows.items():
-                try:
-                    asked = 4 * rounds if device.type == "cuda" else rounds
-                    result = measured(row, sizes, device, asked)
-                except Exception as error:  # the other rows are still worth the machine's time
-                    result = {"wrong": f"{type(error).__name__}: {error}"}
-                results[name] = result | {"goal": row.goal, "goal_us": row.goal_us}
-                results[name] |= {"missing": row.missing}
-                report += lines(name, row, result, bandwidth)
-                with capsys.disabled():  # as it goes: a run that is cut short has told something
-                    print("\n".join(["", *lines(name, row, result, bandwidth)]), end="")
-                torch._dynamo.reset()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+        yield
     finally:
-        torch.backends.cudnn.allow_tf32 = allow_tf32
-        torch.set_num_threads(threads)
-    if full:
-        timing.record(
-            "kernels", {"copy_bytes_per_second": bandwidth, "sizes": sizes, "ops": results}
+        torch.backends.cudnn.allow_tf32, torch._functorch.config.donated_buffer = before
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def cases(setting: Setting) -> list[Case]:
+    on_gpu = setting.device == "cuda"
+    sizes = SMALL if setting.small else FULL if on_gpu else ON_CPU
+    found = []
+    for name, row in all_rows().items():
+        half = row.types is not None and torch.float16 in row.types
+        if half and not on_gpu:  # no CPU has fast fp16
+            continue
+        names = [each for each, _ in contenders(row, on_gpu)]
+        found.append(
+            Case(
+                NAME,
+                re.sub(r", (fp|bf)\d\d( image)?", "", name),  # the case says it
+                (*names, *row.missing),
+                partial(measured, row, sizes, 1),
+                sizes,
+                precision=row.precision,
+                baseline=RELEASED if RELEASED in names else "",
+                goal=row.goal_text,
+                error_unit="of the result, root mean square",
+            )
         )
-    with capsys.disabled():
-        print(f"\n\nops, {'x'.join(map(str, sizes))}, {device}, copy {bandwidth / 1e9:.0f} GB/s")
-        print("\n".join([HEADER, *report]))
-    wrong = [name for name, result in results.items() if "wrong" in result]
-    assert not wrong, f"wrong, not timed: {', '.join(wrong)}"
+    return found
