@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
     group.addoption(
         "--benchmark-minutes", type=float, metavar="N",
-        help="begin no further case after so many (11; with a GPU 7)",
+        help="begin no case that would take longer (14; with a GPU 7.5)",
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from ulae_rt.batching.pipeline import (
 )
 from ulae_rt.batching.results import ResultsFolder, Row, read_results
 from ulae_rt.batching.summary import summary_of
+from ulae_rt.env import let_torch_threads_sleep
 from ulae_rt.errors import BatchError, DiskFull, EngineMismatch, UsageError
 from ulae_rt.imaging.warpfile import WARP_FORMATS
 from ulae_rt.options import NetworkOptions
@@ -111,6 +112,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         pairs = shard.of(pairs)
     _show_outside(pairs, arguments.pairs.parent, report)
     keep_freed_memory()
+    let_torch_threads_sleep()
     # Every worker has a pair of its own: threads within one would only wait for each other.
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     with _runner(options, arguments) as runner:

@@ -91,6 +91,7 @@ class Case:
         own: the contenders that are this package.
         goal: what was asked for; shown, never asserted.
         error_unit: of the contenders' errors.
+        about_seconds: that it takes on two cores; where less time is left it is not begun.
         series: of cases that differ in one number only, for the exponent of the cost.
         x: that number, such as voxels.
     """
@@ -106,6 +107,7 @@ class Case:
     own: tuple[str, ...] = (PACKAGE,)
     goal: str = ""
     error_unit: str = ""
+    about_seconds: float = 30.0
     series: str = ""
     x: float | None = None
 

@@ -50,7 +50,7 @@ class Runner:
 
     Args:
         setting: of the run.
-        seconds: after which no further case is begun.
+        seconds: for all cases together.
         tell: shows a line to who waits.
 
     Attributes:
@@ -82,8 +82,12 @@ class Runner:
     def _measure(self, case: Case) -> Measured:
         if not self.measured:
             self.ceilings = ceilings(torch.device(self.setting.device))
-        if self.spent > self._seconds:
-            why = f"the {self._seconds / 60:.0f} minutes were over (--benchmark-minutes)"
+        left = self._seconds - self.spent
+        if not self.setting.small and case.about_seconds > left:
+            why = (
+                f"it takes about {case.about_seconds:.0f} s, of {self._seconds / 60:g} minutes "
+                f"{max(left, 0):.0f} s were left (--benchmark-minutes)"
+            )
             return _all(case, Outcome("left out", why))
         self._tell(f"{case.id} ...")
         try:

@@ -102,6 +102,7 @@ def cases(setting: Setting) -> list[Case]:
             partial(registered, setting, "affine"),
             baseline=SYN,
             goal="at most 3 GB",
+            about_seconds=270.0,
         ),
     ]
 

@@ -29,7 +29,7 @@ from ulae_rt import kernels
 NAME = "kernels"
 SMALL: Sizes = (8, 16, 8)
 # What plain torch does of it on a CPU in the time of a benchmark.
-ON_CPU: Sizes = (96, 96, 96)
+ON_CPU: Sizes = (64, 64, 64)
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 SECONDS_PER_STATE = 4.0
 # A sample of a GPU is a millisecond: more of them than of what takes seconds.
@@ -72,6 +72,8 @@ class Row:
         needs: which inputs get a gradient; all where not given.
         types: the inputs' types, in their order; float32 where not given.
         linear: the backward needs no input, so does not read them.
+        kinked: points meet the kinks of what is sampled, where a derivative jumps: float32 and
+            float64 may be on two sides of one.
         goal: times the floor, or with ``goal_us`` microseconds; shown, never asserted.
         baselines: other ways, by name.
         missing: peers that there are none of, and why.
@@ -83,6 +85,7 @@ class Row:
     needs: tuple[bool, ...] | None = None
     types: tuple[torch.dtype, ...] | None = None
     linear: bool = False
+    kinked: bool = False
     goal: float | None = None
     goal_us: float | None = None
     baselines: dict[str, Contender] = field(default_factory=dict)
@@ -193,7 +196,7 @@ def all_rows() -> dict[str, Row]:
             baselines=released(baselines.warp_compose, compiled=False),
         ),
         "warp_compose, half-size field, by all": Row(
-            OPS["warp_compose coarse"].call, OPS["warp_compose coarse"].make, BACKWARD,
+            OPS["warp_compose coarse"].call, OPS["warp_compose coarse"].make, BACKWARD, kinked=True,
             baselines=released(baselines.warp_compose_coarse, compiled=False),
         ),
     }  # fmt: skip
@@ -343,14 +346,16 @@ def measured(row: Row, sizes: Sizes, batch: int, rounds: int) -> Measured:
                 found[name] = Outcome("failed", f"{type(error).__name__}: {error}")
                 continue
             errors[name] = error_of(entry.first, truth)
-            if name == PACKAGE:
-                allowed = GATES[row.types[0] if row.types else torch.float32]
-                if not errors[name] <= allowed:
-                    wrong = f"off by {errors[name]:.1e} of the result, at most {allowed:g} allowed"
-                    found[name] = Outcome("wrong", wrong, error=errors[name])
-                    continue
-                moved = traffic(row, first, entry.first)
             timed[name] = entry
+        if PACKAGE in timed:
+            moved = traffic(row, first, timed[PACKAGE].first)
+            allowed = GATES[row.types[0] if row.types else torch.float32]
+            if row.kinked:  # no further off than what a user has today
+                allowed = max(allowed, errors.get(RELEASED, 0.0))
+            if not errors[PACKAGE] <= allowed:
+                off = f"off by {errors[PACKAGE]:.1e} of the result, at most {allowed:.1e} allowed"
+                found[PACKAGE] = Outcome("wrong", off, error=errors[PACKAGE])
+                del timed[PACKAGE]
         rounds = GPU_ROUNDS * rounds if on_gpu else rounds
         seconds = {
             state: interleaved(

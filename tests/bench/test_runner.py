@@ -1,6 +1,7 @@
 """A case is measured once; what is right is told to pytest-benchmark, round by round."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,9 +32,9 @@ class Benchmark:
         self.rounds = rounds
 
 
-def runner(seconds: float = 1e9) -> tuple[Runner, list[str]]:
+def runner() -> tuple[Runner, list[str]]:
     said: list[str] = []
-    return Runner(SETTING, seconds, said.append), said
+    return Runner(SETTING, 60.0, said.append), said
 
 
 def case(measure: Any, contenders: tuple[str, ...] = ("released", PACKAGE)) -> Case:
@@ -91,12 +92,16 @@ def test_a_case_that_cannot_be_measured_says_why(error: Exception, status: str) 
     assert str(error) in outcome.why
 
 
-def test_no_case_is_begun_when_the_time_is_over() -> None:
-    run, said = runner(seconds=-1)
-    outcome = run.outcome(case(both(Outcome(seconds=[1.0]))), PACKAGE)
+def test_a_case_for_which_no_time_is_left_is_not_begun() -> None:
+    said: list[str] = []
+    run = Runner(replace(SETTING, small=False), 60.0, said.append)
+    asked = case(both(Outcome(seconds=[1.0])))
+    assert run.outcome(asked, PACKAGE).status == "timed"
+    long = replace(asked, name="all night", about_seconds=61.0)
+    outcome = run.outcome(long, PACKAGE)
     assert outcome.status == "left out"
-    assert "minutes were over" in outcome.why
-    assert not said
+    assert "it takes about 61 s, of 1 minutes" in outcome.why
+    assert len(said) == 1
 
 
 def test_the_clock_tells_the_rounds_exactly() -> None:

@@ -54,6 +54,10 @@ def test_imaging_imports_without_torch() -> None:
     assert not third_party(loaded_by(f"import {', '.join(names)}")) & {"torch", "matplotlib"}
 
 
+def test_batch_can_say_how_torch_waits_before_torch_is_there() -> None:
+    assert "torch" not in third_party(loaded_by("import ulae_rt.batch"))
+
+
 @pytest.mark.parametrize("module", ["ulae_rt.kernels", "ulae_rt.model", "ulae_rt.training"])
 def test_no_import_initialises_cuda(module: str) -> None:
     loaded_by(f"import {module}", before=NO_CUDA)

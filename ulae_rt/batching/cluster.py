@@ -21,7 +21,7 @@ from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.batching.pairs import Pair
 from ulae_rt.batching.pipeline import Pipeline, Wanted, processors
 from ulae_rt.batching.results import ResultsFolder, Row
-from ulae_rt.env import silence_ray_usage_report
+from ulae_rt.env import let_torch_threads_sleep, silence_ray_usage_report
 from ulae_rt.errors import BackendUnavailable, UlaeError, UsageError
 from ulae_rt.optional import require
 from ulae_rt.registrar import Method
@@ -309,6 +309,7 @@ class _Worker:
         batch_size: int | None,
     ) -> None:
         keep_freed_memory()
+        let_torch_threads_sleep()
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # as `ulae_rt.batch` has it
         method = opener.open()
         self._folder = folder.of_worker(f"{socket.gethostname()}-{os.getpid()}")

@@ -6,7 +6,6 @@ import datetime
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -28,7 +27,6 @@ from ulae_rt.registrar import Clock, Method, PairT, TargetT, finish
 TARGETS = 2
 # So many failures of the network one after the other are not the scans' fault.
 NETWORK_FAILURES = 5
-NICE = 10
 OUTPUTS = ("moved", "warp", "moved_labels", "inverse_warp", "jacobian")
 USUAL = OUTPUTS[:3]
 
@@ -147,7 +145,7 @@ class Pipeline(Generic[TargetT, PairT]):
         # Enough that the network finds a full batch, and that every worker has something to do.
         ahead = self._batch_size + self._workers
         ran_until: float | None = None
-        with _warnings_diverted(), ThreadPoolExecutor(self._workers, "pair", _step_back) as pool:
+        with _warnings_diverted(), ThreadPoolExecutor(self._workers, "pair") as pool:
             try:
                 while True:
                     while len(waiting) < ahead and not stop.is_set():
@@ -313,16 +311,6 @@ class _Targets(Generic[TargetT]):
             seconds = time.perf_counter() - start
         target, said = future.result()
         return target, said, seconds
-
-
-def _step_back() -> None:
-    """Leave the processors to a network that runs on them too: its threads wait for one another.
-
-    Linux has a niceness for each thread. With the network at 1 mm on two cores, pairs took 5.4 s
-    so and 6.2 s without; with half of it, 6.2 s.
-    """
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 _warnings: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
