@@ -19,11 +19,11 @@ from report.headlines import Headline, headlines
 from report.markdown import plain
 
 START, END = "<!-- benchmark -->", "<!-- /benchmark -->"
-MOST_ROWS = 9
+MOST_ROWS = 7
 
 
 def section(records: Iterable[Record]) -> str:
-    """A heading line and one table of at most nine rows for each machine.
+    """A heading line and one table of at most seven rows for each machine.
 
     Of each machine its newest full record; a clean one before one with files changed.
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.record import Record
+from harness.record import ROOT, Record, all_records
 from report.readme import END, MOST_ROWS, START, is_current, section, write
 
 
@@ -85,3 +85,7 @@ def test_missing_or_doubled_marks_are_refused(
     with pytest.raises(ValueError, match=message):
         is_current(readme, [cpu])
     assert readme.read_text() == content
+
+
+def test_the_readme_shows_the_newest_records() -> None:
+    assert is_current(ROOT / "README.md", all_records())
