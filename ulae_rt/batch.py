@@ -198,7 +198,7 @@ def _options(arguments: argparse.Namespace) -> NetworkOptions | BaselineOptions:
     if options != NetworkOptions(affine=options.affine):
         raise UsageError(
             f"--method {arguments.method} runs no network",
-            "leave out --weights, --engine, --backend, --device and --precision",
+            "leave out --weights, --engine, --backend, --device, --precision and --refine",
         )
     return BaselineOptions(arguments.method, options.affine)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ulae_rt.cli import Report
 
 OUTPUTS = ("moved", "warp", "inverse_warp", "moved_labels", "jacobian", "qc")
-STAGES = ("read", "load", "affine", "preprocess", "network", "warp", "inverse", "write")
+STAGES = ("read", "load", "affine", "preprocess", "network", "refine", "warp", "inverse", "write")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +98,12 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     stats.seconds = taken
     report(f"network     {registrar.network.description}")
     report(f"similarity  {before:.4f} before, {after:.4f} after ({SIMILARITY})")
+    if stats.refinement is not None:
+        how = stats.refinement
+        report(
+            f"refined     {how.iterations} iterations, local correlation {how.lncc_before:.4f} to "
+            f"{how.lncc_after:.4f}; {how.ended}"
+        )
     report(
         f"folding     {stats.folding_percent:.3f} % of the brain, "
         f"{stats.folding_image_percent:.3f} % of the image"

@@ -39,6 +39,7 @@ from ulae_rt.imaging.similarity import correlation
 from ulae_rt.imaging.transform import Deformation, folding, jacobian_determinant, warp_image
 from ulae_rt.imaging.warpfile import Warp
 from ulae_rt.network import Network, load_network
+from ulae_rt.optional import require
 from ulae_rt.result import Result, Stats
 
 logger = logging.getLogger(__name__)
@@ -119,10 +120,14 @@ class Method(Protocol[TargetT, PairT]):
 
 @dataclass(frozen=True)
 class _TargetOnGrid(Target):
-    """With the working grid at 1 mm, and what the network sees: (D, H, W) float32 in [0, 1]."""
+    """With the working grid at 1 mm, and what the network sees: (D, H, W) float32 in [0, 1].
+
+    ``detail`` is the same before it was averaged, where the pair will be refined.
+    """
 
     grid: Grid
     image: NDArray[np.float32]
+    detail: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class _PreparedOnGrid(Prepared):
 
     target: _TargetOnGrid
     image: NDArray[np.float32]
+    detail: NDArray[np.float32] | None
 
 
 class Registrar:
@@ -150,6 +156,7 @@ class Registrar:
         backend: str = "auto",
         precision: str = "fp32",
         affine: AffineMode = "affine",
+        refine: int = 0,
     ) -> None:
         """Open the network.
 
@@ -161,12 +168,20 @@ class Registrar:
             precision: of the network's features; of an engine's folder, which one. ``auto`` takes
                 fp32 weights, and of a folder the fastest engine.
             affine: how the pair is aligned first; see `register_affine`.
+            refine: iterations by which the network's displacement is then improved for the pair
+                itself, see `ulae_rt.refinement`; on a GPU where there is one and ``device`` allows.
         """
+        if refine < 0:
+            raise UsageError(f"refine is {refine}, expected 0 or more iterations", "see -h")
+        if refine:
+            require("torch", "torch")
         if affine not in AFFINE_MODES:
             raise UsageError(
                 f"affine is {affine!r}, expected one of {', '.join(AFFINE_MODES)}", "see -h"
             )
         self.affine: AffineMode = affine
+        self.refine = refine
+        self.device = device
         self.network: Network
         if weights is None or isinstance(weights, str | os.PathLike):
             self.network = load_network(
@@ -224,6 +239,7 @@ class Registrar:
             "precision": self.network.precision,
             "spacing_mm": self.network.metadata.spacing_mm,
             "affine": self.affine,
+            "refine": self.refine,
         }
 
     def target(self, fixed: Scan) -> _TargetOnGrid:
@@ -236,7 +252,8 @@ class Registrar:
         grid, lost = working_grid(cleaned, (d, h, w))
         warn_cut_off(lost, volume.name, grid)
         image = network_input(cleaned, grid, None, metadata.normalisation)
-        return _TargetOnGrid(volume, cleaned, grid, pool(image, factor))
+        detail = image if self.refine else None
+        return _TargetOnGrid(volume, cleaned, grid, pool(image, factor), detail)
 
     def prepare(
         self,
@@ -271,11 +288,14 @@ class Registrar:
             warn_cut_off(lost, moving_volume.name, target.grid)
             normalisation = self.network.metadata.normalisation
             image = network_input(cleaned, target.grid, affine, normalisation)
-            image = pool(image, self._factor())
-        return _PreparedOnGrid(moving_volume, target, label_volume, affine, clock.seconds, image)
+            seen = pool(image, self._factor())
+        detail = image if self.refine else None
+        return _PreparedOnGrid(
+            moving_volume, target, label_volume, affine, clock.seconds, seen, detail
+        )
 
     def deform(self, pairs: Sequence[_PreparedOnGrid]) -> list[Deformation]:
-        """Run the network on prepared pairs, all at once.
+        """Run the network on prepared pairs, all at once, and refine what it found one by one.
 
         Raises:
             EngineMismatch: the network returned another grid, or failed.
@@ -294,10 +314,35 @@ class Registrar:
                     f"{(3, *grid.shape)}",
                     "export the engine again from its weights",
                 )
-        return [
+        found = [
             Deformation(np.ascontiguousarray(each), grid, pair.affine)
             for each, grid, pair in zip(disp, grids, pairs, strict=False)
         ]
+        if not self.refine:
+            return found
+        return [self._refined(*each) for each in zip(found, pairs, strict=True)]
+
+    def _refined(self, found: Deformation, pair: _PreparedOnGrid) -> Deformation:
+        import torch  # loaded with the network, unless an engine runs it
+
+        from ulae_rt.refinement import refine, schedule
+
+        on_gpu = self.device != "cpu" and torch.cuda.is_available()
+        device = self.device if on_gpu and self.device != "auto" else "cuda" if on_gpu else "cpu"
+        assert pair.detail is not None
+        assert pair.target.detail is not None
+        refined = refine(
+            torch.from_numpy(pair.detail)[None, None].to(device),
+            torch.from_numpy(pair.target.detail)[None, None].to(device),
+            torch.from_numpy(found.disp)[None].to(device),
+            schedule(self.refine),
+        )
+        return Deformation(
+            refined.disp[0].cpu().numpy(),
+            pair.target.grid.pooled(refined.factor),
+            pair.affine,
+            refined.report,
+        )
 
     def _factor(self) -> int:
         """Working grid's voxels along an edge of the network's."""
@@ -332,6 +377,10 @@ def finish(
             "the network returned NaN or Inf",
             "use --precision fp32; if that is what ran, the weights are damaged",
         )
+    refinement = deformation.refinement
+    if refinement is not None:  # timed within the network's stage
+        pair.seconds["refine"] = refinement.seconds
+        pair.seconds["network"] -= refinement.seconds
     clock = Clock(progress, pair.seconds)
     with clock("warp"):
         fixed, brain = pair.target.volume, pair.target.brain
@@ -351,6 +400,7 @@ def finish(
             correlation(fixed_values, moved[brain]),
             folds.brain_percent,
             folds.image_percent,
+            refinement,
         )
     stats.seconds = clock.seconds
     return Result(

@@ -15,7 +15,7 @@ from ulae_rt.errors import UsageError
 from ulae_rt.imaging.grid import Affine, grid_of
 from ulae_rt.imaging.inverse import InverseConsistency, inverse_consistency, invert
 from ulae_rt.imaging.nifti import Outputs, PathLike, Volume, image_on_grid, save_image
-from ulae_rt.imaging.transform import Deformation
+from ulae_rt.imaging.transform import Deformation, Refinement
 from ulae_rt.imaging.warpfile import Warp, WarpFormat, warp_suffixes, write_warp
 
 SIMILARITY = "Pearson correlation inside the fixed brain"
@@ -30,6 +30,7 @@ class Stats:
         similarity_after: the same of fixed and moved.
         folding_percent: voxels of the fixed brain with a Jacobian determinant of 0 or less.
         folding_image_percent: the same of all voxels of the fixed image.
+        refinement: how the network's displacement was improved; None where it was not asked for.
         seconds: wall-clock time of each stage.
     """
 
@@ -37,6 +38,7 @@ class Stats:
     similarity_after: float
     folding_percent: float
     folding_image_percent: float
+    refinement: Refinement | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

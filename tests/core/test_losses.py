@@ -1,11 +1,13 @@
 import pytest
 import torch
 
-from ulae_rt.kernels import diffusion, lncc
+from ulae_rt.kernels import diffusion, lncc, warp
 from ulae_rt.losses import (
     FOLDING_MARGIN,
+    Labels,
     folding_penalty,
     jacobian_determinant,
+    label_dice,
     registration_loss,
 )
 
@@ -62,3 +64,53 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(
         lambda m, u: registration_loss(m, fixed, u, windows=(3,), folding=1.0).total, (moved, disp)
     )
+
+
+def random_labels(pairs: int, count: int) -> Labels:
+    random = torch.Generator().manual_seed(2)
+    maps = torch.randint(0, count, (2, pairs, 1, 6, 5, 7), generator=random)
+    return Labels(*maps.to(torch.int16), count)
+
+
+def test_label_dice_is_that_of_every_indicator_warped() -> None:
+    labels = random_labels(pairs=2, count=4)
+    # The largest value is in one map only, and does not count.
+    labels.fixed[labels.fixed == 3] = 0
+    torch.manual_seed(3)
+    # Some of it points out of the volume.
+    disp = 2 * torch.randn(2, 3, 6, 5, 7, dtype=torch.float64)
+    expected = []
+    for label in (1, 2):
+        carried = warp((labels.moving == label).double(), disp)
+        there = (labels.fixed == label).double()
+        both = (carried * there).sum((1, 2, 3, 4))
+        expected.append(2 * both / (carried + there).sum((1, 2, 3, 4)))
+    torch.testing.assert_close(label_dice(labels, disp), torch.stack(expected).mean())
+
+
+def test_label_dice_of_a_map_with_itself_and_with_nothing() -> None:
+    labels = random_labels(pairs=1, count=4)
+    still = torch.zeros(1, 3, 6, 5, 7)
+    assert float(label_dice(labels._replace(fixed=labels.moving), still)) == pytest.approx(1)
+    assert float(label_dice(labels._replace(fixed=0 * labels.moving), still)) == 0
+
+
+def test_label_dice_gradient() -> None:
+    labels = random_labels(pairs=1, count=3)
+    torch.manual_seed(4)
+    # Off the lattice, where the weights have no kink.
+    disp = torch.randint(-1, 2, (1, 3, 6, 5, 7)) + 0.2 + 0.6 * torch.rand(1, 3, 6, 5, 7)
+    disp = disp.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda u: label_dice(labels, u), disp)
+
+
+def test_labels_count_with_their_weight() -> None:
+    labels = random_labels(pairs=1, count=3)
+    torch.manual_seed(5)
+    images = torch.rand(2, 1, 1, 6, 5, 7)
+    disp = torch.rand(1, 3, 6, 5, 7)
+    without = registration_loss(*images, disp, windows=(3,))
+    loss = registration_loss(*images, disp, windows=(3,), labels=labels, label_weight=0.5)
+    torch.testing.assert_close(loss.labels, label_dice(labels, disp))
+    torch.testing.assert_close(loss.total, without.total - 0.5 * loss.labels)
+    assert float(without.labels) == 0

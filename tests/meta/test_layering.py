@@ -18,6 +18,7 @@ LAYERS = {
     "ulae_rt.batching": "batching",
     "ulae_rt.cli": "commands",
     "ulae_rt.conventions": "leaves",
+    "ulae_rt.displacement": "model",
     "ulae_rt.doctor": "commands",
     "ulae_rt.engines": "engines",
     "ulae_rt.env": "leaves",
@@ -36,6 +37,7 @@ LAYERS = {
     "ulae_rt.options": "commands",
     "ulae_rt.pairs": "commands",
     "ulae_rt.prepare": "commands",
+    "ulae_rt.refinement": "refinement",
     "ulae_rt.register": "commands",
     "ulae_rt.registrar": "runtime",
     "ulae_rt.result": "runtime",
@@ -56,7 +58,10 @@ MAY_IMPORT = {
     "export": {
         "package", "leaves", "kernels", "model", "imaging", "engines", "export", "commands",
     },
-    "runtime": {"package", "leaves", "kernels", "model", "imaging", "engines", "runtime"},
+    "refinement": {"package", "leaves", "kernels", "model", "imaging", "refinement"},
+    "runtime": {
+        "package", "leaves", "kernels", "model", "imaging", "engines", "refinement", "runtime",
+    },
     "baselines": {"package", "leaves", "imaging", "runtime", "baselines"},
     "batching": {"package", "leaves", "imaging", "runtime", "batching"},
     "evaluation": {"package", "leaves", "imaging", "batching", "evaluation"},

@@ -5,9 +5,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 
 from ulae_rt.conventions import FULL_SHAPE
+from ulae_rt.displacement import upsample_displacement
 from ulae_rt.errors import ConfigError
+from ulae_rt.losses import Labels, jacobian_determinant
 from ulae_rt.training import data
 from ulae_rt.training.config import AugmentConfig
 from ulae_rt.training.data import (
@@ -20,9 +23,11 @@ from ulae_rt.training.data import (
     load_batches,
     random_affine,
     random_intensity,
+    random_knots,
+    smooth_field,
     worker_count,
 )
-from ulae_rt.training.validation import carry_labels, first_pairs, upsample_displacement
+from ulae_rt.training.validation import carry_labels, first_pairs
 
 
 @pytest.fixture
@@ -96,6 +101,68 @@ def test_intensity_stays_in_range(image: torch.Tensor) -> None:
         assert torch.equal(changed.argsort(dim=-1), image.argsort(dim=-1))
 
 
+def test_a_smooth_field_is_the_cubic_spline_of_its_knots() -> None:
+    sizes, random = (20, 17, 33), np.random.default_rng(0)
+    knots = random_knots(2, sizes, 8.0, random)
+    assert knots.shape == (2, 6, 6, 8)
+    found = smooth_field(knots, sizes)
+    # Voxel centres between the second knot and the last but one; scipy's knots are as many.
+    at = [
+        1 + (np.arange(n) + 0.5) / n * (k - 3) for n, k in zip(sizes, knots.shape[1:], strict=True)
+    ]
+    points = np.stack(np.meshgrid(*at, indexing="ij"))
+    for channel, field in zip(knots.double().numpy(), found, strict=True):
+        expected = map_coordinates(channel, points, order=3, prefilter=False)
+        np.testing.assert_allclose(field.numpy(), expected, atol=1e-6)
+
+
+def test_the_largest_deformation_does_not_fold() -> None:
+    sizes, config = (40, 48, 40), AugmentConfig(deform_mm=5.0)
+    for seed in range(5):
+        moving, fixed = draw_changes(config, 4.0, sizes, np.random.default_rng(seed))
+        assert fixed == (None, None, None, None)
+        assert moving.deform is not None
+        field = smooth_field(moving.deform, sizes).flip(0)
+        voxels = field * torch.tensor(sizes).view(3, 1, 1, 1) / 2
+        assert 0.3 < float(voxels.abs().max()) <= 5 / 4
+        assert float(jacobian_determinant(voxels[None]).min()) > 0
+
+
+def test_a_deformation_moves_the_way_its_knots_say(image: torch.Tensor) -> None:
+    knots = torch.zeros(3, 4, 4, 4)
+    knots[0] = 2 * 2 / image.shape[3]  # two voxels along the last axis, which comes first
+    change = Change(torch.eye(3, 4)[None], None, knots)
+    torch.testing.assert_close(change(image)[..., :-2], image[..., 2:])
+
+
+def test_a_bias_field_is_smooth_and_keeps_the_range(image: torch.Tensor) -> None:
+    config = AugmentConfig(bias=0.3)
+    moving, fixed = draw_changes(config, 1.0, (9, 11, 7), np.random.default_rng(0))
+    assert moving.theta is None
+    for change in (moving, fixed):
+        changed = change(image)
+        ratio = (changed / image)[changed < 1]
+        assert 1 / 1.3 - 1e-6 < float(ratio.min()) < float(ratio.max()) < 1.3 + 1e-6
+        assert float(changed.min()) > 0
+        assert float(changed.max()) <= 1
+
+
+def test_labels_go_where_their_image_goes() -> None:
+    random = np.random.default_rng(5)
+    config = AugmentConfig(flip=0.5, rotation_deg=10.0, shift_mm=2.0, deform_mm=4.0)
+    labels = torch.zeros(1, 32, 36, 28, dtype=torch.int16)
+    labels[0, 8:20, 10:24, 6:15], labels[0, 20:26, 10:24, 6:15] = 1, 7
+    for _ in range(4):
+        change = draw_changes(config, 1.0, (32, 36, 28), random)[0]
+        carried = change.of_labels(labels)
+        assert carried.dtype == torch.int16
+        for label in (1, 7):
+            there = change((labels == label).float())
+            assert torch.equal(carried == label, there > 0.5) or (
+                ((carried == label) != (there > 0.5)).float().mean() < 0.02
+            )
+
+
 def test_a_batch_is_augmented_image_by_image() -> None:
     images = torch.rand(4, 1, 8, 9, 10)
     config = AugmentConfig(flip=0.5, rotation_deg=10.0, intensity=0.2)
@@ -105,6 +172,28 @@ def test_a_batch_is_augmented_image_by_image() -> None:
     for i, (move, fix) in enumerate(changes):
         assert torch.equal(moving[i], move(images[i]))
         assert torch.equal(fixed[i], fix(images[2 + i]))
+
+
+def test_labels_of_a_batch_are_counted_through_and_changed_alike(scans: Path) -> None:
+    found = find_scans(scans)
+    config = AugmentConfig(flip=1.0)
+    dataset = PairDataset(found, seed=0, pool=4, augment=config, labelled=True)
+    (batch,) = load_batches(dataset, [0, 1], 2, 0, CPU)
+    assert isinstance(batch.labels, Labels)
+    assert batch.labels.number == 4
+    assert set(batch.labels.moving.unique().tolist()) == {0, 1, 2, 3}
+    flipped = batch.augmented_labels(CPU)
+    assert flipped is not None
+    assert torch.equal(flipped.moving, batch.labels.moving.flip(2))
+    image = batch.augmented(CPU)[0]
+    # The blobs' labels are bands of their intensity.
+    assert float(image[flipped.moving == 1].max()) < float(image[flipped.moving == 3].min())
+    assert Batch(*batch[:4]).augmented_labels(CPU) is None
+
+
+def test_a_scan_without_labels_is_refused(readable: list[Path]) -> None:
+    with pytest.raises(ConfigError, match="no label map"):
+        PairDataset(readable, seed=0, pool=4, augment=AugmentConfig(), labelled=True)
 
 
 @pytest.fixture(scope="module")

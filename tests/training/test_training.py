@@ -12,6 +12,7 @@ from _support.tolerances import TOL, assert_close
 from ulae_rt import cli
 from ulae_rt.errors import ConfigError
 from ulae_rt.losses import Loss
+from ulae_rt.manifest import sha256
 from ulae_rt.model import load_model
 from ulae_rt.model.checkpoint import read_torch
 from ulae_rt.training import loop, step
@@ -112,6 +113,43 @@ def test_training_registers(scans: Path, tmp_path: Path) -> None:
     )
     result = Trainer(config, resume=False).run(lambda _: None)
     assert result["val_dice"] > result["val_baseline"] + 0.01
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_with_weights_and_learns_from_labels(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(tmp_path / "c.toml", scans, 2)
+    assert cli.main(["train", str(tmp_path / "c.toml")]) == 0
+    first = tmp_path / "run" / loop.WEIGHTS_FILE
+    digest = sha256(first.read_bytes())
+    moved = first.rename(tmp_path / "first.safetensors")
+
+    def configure(steps: int, start: str) -> str:
+        path = write_config(tmp_path / "next.toml", scans, steps)
+        text = path.read_text().replace('"run"', '"next"').replace("[optimiser]", start)
+        path.write_text(text.replace("windows = [5, 3]", "windows = [5]\nlabels = 1.0"))
+        return str(path)
+
+    start = f'[optimiser]\nstart = "{moved}"'
+    assert cli.main(["train", configure(2, start)]) == 0
+    # A run that goes on has its own weights: those it began with may be gone.
+    moved.unlink()
+    assert cli.main(["train", configure(3, start), "--resume"]) == 0
+    trained = load_model(tmp_path / "next" / loop.WEIGHTS_FILE)
+    assert trained.metadata.recipe["start"] == digest
+    with (tmp_path / "next" / loop.LOG_FILE).open(newline="") as file:
+        assert 0 < float(list(csv.DictReader(file))[-1]["labels"]) < 1
+
+    capsys.readouterr()
+    other = configure(2, start).replace("next.toml", "other.toml")
+    Path(other).write_text(
+        (tmp_path / "next.toml").read_text().replace('"next"', '"other"').replace(
+            f"{moved}", f"{tmp_path / 'next' / loop.WEIGHTS_FILE}"
+        ).replace("channels = 2", "channels = 4")
+    )  # fmt: skip
+    assert cli.main(["train", other]) == 1
+    assert "its channels is 2, and model.channels is 4" in capsys.readouterr().err
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *indices: int) -> None:

@@ -31,6 +31,25 @@ SLAB = 16
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """How a network's displacement was improved for its own pair.
+
+    Attributes:
+        iterations: done.
+        lncc_before, lncc_after: local correlation of the fixed and the moved image on the finest
+            grid that was reached; 0 where there is none.
+        ended: why there are no more iterations.
+        seconds: wall-clock time.
+    """
+
+    iterations: int
+    lncc_before: float
+    lncc_after: float
+    ended: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Deformation:
     """The whole way from a fixed point to its moving point.
 
@@ -43,11 +62,13 @@ class Deformation:
         disp: (3, D, H, W) float32, voxels of ``grid``, component i along axis i.
         grid: the working grid ``disp`` lies on.
         affine: (4, 4), fixed RAS mm to moving RAS mm.
+        refinement: None where there was none.
     """
 
     disp: NDArray[np.float32]
     grid: Grid
     affine: Affine
+    refinement: Refinement | None = None
 
     def __post_init__(self) -> None:
         if self.disp.shape != (3, *self.grid.shape):

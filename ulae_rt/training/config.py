@@ -52,6 +52,8 @@ class LossConfig(_Section):
     """Arguments of :func:`ulae_rt.losses.registration_loss`.
 
     Attributes:
+        labels: weight of the labels' overlap; above 0 each training scan needs ``ID_labels.nii.gz``
+            beside it.
         progressive: compare the fixed image with M_3 (three interpolations, as the released code
             trains) in place of W.
     """
@@ -60,6 +62,7 @@ class LossConfig(_Section):
     gamma: Positive = 0.5
     smoothness: NonNegative = 1.0
     folding: NonNegative = 0.0
+    labels: NonNegative = 0.0
     progressive: bool = False
 
     @field_validator("windows")
@@ -80,6 +83,9 @@ class AugmentConfig(_Section):
         residual_deg, residual_scale, residual_mm: the same for the moving image alone, about 1 in
             the case of the scale: an imperfect affine.
         intensity: largest relative change of gain and gamma, of each image on its own.
+        bias: largest relative change by a smooth field, of each image on its own.
+        deform_mm: largest shift of a knot of a smooth random deformation, of the moving image
+            alone. Knots are 32 mm apart, so that 5 mm cannot fold.
     """
 
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -90,6 +96,8 @@ class AugmentConfig(_Section):
     residual_scale: Fraction = 0.0
     residual_mm: NonNegative = 0.0
     intensity: Fraction = 0.0
+    bias: Fraction = 0.0
+    deform_mm: Annotated[float, Field(ge=0, le=5)] = 0.0
 
 
 class OptimiserConfig(_Section):
@@ -101,6 +109,7 @@ class OptimiserConfig(_Section):
         lr: learning rate; lr_final: where a half cosine brings it by the last step; none: constant.
         warmup: first steps over which it rises linearly from 0.
         precision: type of the features.
+        start: weights to begin with; none: random ones. A run that resumes has its own.
     """
 
     steps: Annotated[int, Field(ge=1)] = 160_000
@@ -109,6 +118,7 @@ class OptimiserConfig(_Section):
     lr_final: Positive | None = None
     warmup: Annotated[int, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    start: Path | None = None
     seed: int = 0
 
 
@@ -189,4 +199,6 @@ def read_config(path: Path) -> TrainConfig:
         }
     )
     output = config.output.model_copy(update={"folder": base / config.output.folder})
-    return config.model_copy(update={"data": data, "output": output})
+    start = config.optimiser.start
+    optimiser = config.optimiser.model_copy(update={"start": base / start if start else None})
+    return config.model_copy(update={"data": data, "output": output, "optimiser": optimiser})

@@ -3,7 +3,7 @@
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import islice
@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from ulae_rt.conventions import FULL_SHAPE
 from ulae_rt.errors import ConfigError
 from ulae_rt.imaging.nifti import read_volume
+from ulae_rt.kernels._separable import along_axes
+from ulae_rt.losses import Labels
 from ulae_rt.training.config import AugmentConfig
 
 # 0.6 GB at 1 mm. Larger sets are read again and again.
@@ -26,6 +28,7 @@ _CACHED_SCANS = 32
 _LABEL_SUFFIX = "_labels"
 # What unpacking two scans at 1 mm takes (half a second on one core) against a GPU's step.
 _MOST_WORKERS = 8
+_KNOTS_MM = 32.0
 
 
 class Change(NamedTuple):
@@ -36,32 +39,57 @@ class Change(NamedTuple):
     Attributes:
         theta: (1, 3, 4), for :func:`affine_warp`; None: no resampling.
         intensity: (gain, gamma): intensities become ``gain * image ** gamma``; None: untouched.
+        deform: (3, K, K, K) knots of a displacement that goes with ``theta``, in half-extents.
+        bias: (1, K, K, K) knots of the logarithm of a field that multiplies the image.
     """
 
     theta: Tensor | None
     intensity: tuple[float, float] | None
+    deform: Tensor | None = None
+    bias: Tensor | None = None
 
     def pinned(self) -> "Change":
         """The same in page-locked memory."""
-        return self._replace(theta=None if self.theta is None else self.theta.pin_memory())
+        tensors = {name: getattr(self, name) for name in ("theta", "deform", "bias")}
+        return self._replace(**{k: x.pin_memory() for k, x in tensors.items() if x is not None})
 
     def __call__(self, image: Tensor) -> Tensor:
         """(1, D, H, W) to the same shape, on its device."""
-        if self.theta is not None:
-            image = affine_warp(image, self.theta.to(image.device, non_blocking=True))
+        image = self._resampled(image, "bilinear")
+        if self.bias is not None:
+            knots = self.bias.to(image.device, non_blocking=True)
+            image = (image * smooth_field(knots, image.shape[1:]).exp()).clamp_max(1)
         if self.intensity is not None:
             gain, gamma = self.intensity
             image = gain * image**gamma
         return image
 
+    def of_labels(self, labels: Tensor) -> Tensor:
+        """(1, D, H, W) integers to the same, where ``__call__`` brings the image's voxels."""
+        return self._resampled(labels.float(), "nearest").round().to(labels.dtype)
+
+    def _resampled(self, image: Tensor, mode: str) -> Tensor:
+        if self.theta is None:
+            return image
+        theta = self.theta.to(image.device, non_blocking=True)
+        deform = self.deform
+        if deform is not None:
+            deform = deform.to(image.device, non_blocking=True)
+        return affine_warp(image, theta, deform, mode)
+
 
 class Pair(NamedTuple):
-    """One training example: (1, D, H, W) float32 in [0, 1] each as prepared, and what to change."""
+    """One training example: (1, D, H, W) float32 in [0, 1] each as prepared, and what to change.
+
+    ``labels`` are the two label maps, (1, D, H, W) int16 each, counted through; see
+    :class:`PairDataset`.
+    """
 
     moving: Tensor
     fixed: Tensor
     changes: tuple[Change, Change]
     name: str
+    labels: tuple[Tensor, Tensor] | None = None
 
 
 class Batch(NamedTuple):
@@ -71,11 +99,30 @@ class Batch(NamedTuple):
     fixed: Tensor
     changes: list[tuple[Change, Change]]
     names: list[str]
+    labels: Labels | None = None
 
     def pinned(self) -> "Batch":
         """The same in page-locked memory, from where a GPU fetches it by itself."""
         changes = [(moving.pinned(), fixed.pinned()) for moving, fixed in self.changes]
-        return Batch(self.moving.pin_memory(), self.fixed.pin_memory(), changes, self.names)
+        labels = self.labels
+        if labels is not None:
+            labels = Labels(labels.moving.pin_memory(), labels.fixed.pin_memory(), labels.number)
+        return Batch(self.moving.pin_memory(), self.fixed.pin_memory(), changes, self.names, labels)
+
+    def augmented_labels(self, device: torch.device) -> Labels | None:
+        """The labels on ``device``, changed as the images are."""
+        if self.labels is None:
+            return None
+        *maps, count = self.labels
+        moving, fixed = (
+            torch.stack([change.of_labels(x) for x, change in zip(each, changes, strict=True)])
+            for each, changes in zip(
+                (x.to(device, non_blocking=True) for x in maps),
+                zip(*self.changes, strict=True),
+                strict=True,
+            )
+        )
+        return Labels(moving, fixed, count)
 
     def augmented(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Moving and fixed images on ``device``, changed."""
@@ -142,7 +189,7 @@ def load_labels(scan: Path) -> NDArray[np.int32]:
     path = scan.with_name(f"{_stem(scan)}{_LABEL_SUFFIX}{suffix}")
     if not path.is_file():
         raise ConfigError(
-            f"{path}: no label map beside the validation scan",
+            f"{path}: no label map beside the scan",
             "run `ulae-rt prepare` on scans that have ID_labels.nii.gz beside them",
         )
     data = read_volume(path, kind="labels").data
@@ -162,14 +209,33 @@ class PairDataset:
 
     All ordered pairs of different scans come once an epoch, in an order of that epoch's own. So a
     run that is resumed sees what the uninterrupted one would have seen, on any number of processes.
+
+    Args:
+        scans: prepared, two or more.
+        seed: of the order and the changes.
+        pool: edge of the blocks of voxels that are averaged.
+        augment: how a pair is changed.
+        labelled: give the label maps too: of each block the voxel in the middle, the values that
+            any scan has counted through from 1.
     """
 
-    def __init__(self, scans: list[Path], seed: int, pool: int, augment: AugmentConfig) -> None:
+    def __init__(
+        self,
+        scans: list[Path],
+        seed: int,
+        pool: int,
+        augment: AugmentConfig,
+        labelled: bool = False,
+    ) -> None:
         self.scans = scans
         self.seed = seed
         self.pool = pool
         self.augment = augment
         self.pairs = [(m, f) for m in range(len(scans)) for f in range(len(scans)) if m != f]
+        self.labels: dict[Path, Tensor] = {}
+        self.label_count = 0
+        if labelled:
+            self._read_labels()
 
     def __getitem__(self, index: int) -> Pair:
         epoch, position = divmod(index, len(self.pairs))
@@ -178,7 +244,18 @@ class PairDataset:
         moving, fixed = (load_scan(name, self.pool) for name in names)
         random = np.random.default_rng((self.seed, 1, index))
         changes = draw_changes(self.augment, self.pool, tuple(moving.shape[1:]), random)
-        return Pair(moving, fixed, changes, " -> ".join(scan_name(name) for name in names))
+        labels = (self.labels[names[0]], self.labels[names[1]]) if self.labels else None
+        return Pair(moving, fixed, changes, " -> ".join(scan_name(name) for name in names), labels)
+
+    def _read_labels(self) -> None:
+        inside = (slice(self.pool // 2, None, self.pool),) * 3
+        maps = {scan: load_labels(scan)[inside] for scan in self.scans}
+        values = np.unique(np.concatenate([np.unique(each) for each in maps.values()]))
+        values = values[values != 0]
+        for scan, each in maps.items():
+            counted = np.where(each == 0, 0, np.searchsorted(values, each) + 1)
+            self.labels[scan] = torch.from_numpy(counted.astype(np.int16))[None]
+        self.label_count = len(values) + 1
 
 
 def load_batches(
@@ -207,6 +284,7 @@ def load_batches(
             torch.stack([pair.fixed for pair in pairs]),
             [pair.changes for pair in pairs],
             [pair.name for pair in pairs],
+            _stacked([pair.labels for pair in pairs if pair.labels], dataset.label_count),
         )
         return batch.pinned() if device.type == "cuda" else batch
 
@@ -224,6 +302,13 @@ def load_batches(
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _stacked(labels: list[tuple[Tensor, Tensor]], count: int) -> Labels | None:
+    if not labels:
+        return None
+    moving, fixed = (torch.stack(maps) for maps in zip(*labels, strict=True))
+    return Labels(moving, fixed, count)
 
 
 def worker_count(setting: int | Literal["auto"], device: torch.device, processes: int) -> int:
@@ -252,7 +337,50 @@ def draw_changes(
         Change(affine_theta(matrix, sizes), random_intensity(config.intensity, random))
         for matrix in (own @ common, common)
     )
+    spacing = _KNOTS_MM / voxel_mm
+    if config.bias:
+        moving, fixed = (
+            change._replace(bias=math.log1p(config.bias) * random_knots(1, sizes, spacing, random))
+            for change in (moving, fixed)
+        )
+    if config.deform_mm:
+        # A half-extent is half an axis long, and the last axis comes first.
+        unit = torch.tensor([2 * config.deform_mm / voxel_mm / size for size in sizes[::-1]])
+        deform = unit.view(3, 1, 1, 1) * random_knots(3, sizes, spacing, random)
+        theta = torch.eye(3, 4)[None] if moving.theta is None else moving.theta
+        moving = moving._replace(theta=theta, deform=deform)
     return moving, fixed
+
+
+def random_knots(
+    channels: int, sizes: tuple[int, ...], spacing: float, random: np.random.Generator
+) -> Tensor:
+    """(channels, K, K, K) in [-1, 1], as many as :func:`smooth_field` needs at ``spacing``."""
+    counts = [math.ceil(size / spacing) + 3 for size in sizes]
+    return torch.from_numpy(random.uniform(-1, 1, (channels, *counts)).astype(np.float32))
+
+
+def smooth_field(knots: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(C, K, K, K) knots to (C, D, H, W): uniform cubic B-splines, the outer knots one outside.
+
+    Between neighbours it changes by no more than they differ, so that a displacement whose knots
+    differ by less than a third of their distance has no fold.
+    """
+    along_d, along_h, along_w = (
+        _basis(count, size).to(knots.device)
+        for count, size in zip(knots.shape[1:], sizes, strict=True)
+    )
+    return along_axes(knots[None], along_d, along_h, along_w)[0]
+
+
+@lru_cache(maxsize=32)
+def _basis(count: int, size: int) -> Tensor:
+    """(size, count) values of the cubic B-splines; the volume ends one knot inside the last."""
+    at = 1 + (torch.arange(size) + 0.5) / size * (count - 3)
+    distance = (at[:, None] - torch.arange(count)).abs()
+    near = 2 / 3 - distance**2 + distance**3 / 2
+    far = (2 - distance).clamp_min(0) ** 3 / 6
+    return torch.where(distance < 1, near, far)
 
 
 def random_affine(
@@ -290,10 +418,14 @@ def affine_theta(matrix: NDArray[np.float64], sizes: tuple[int, ...]) -> Tensor 
     return torch.from_numpy(theta).float()[None]
 
 
-def affine_warp(image: Tensor, theta: Tensor) -> Tensor:
-    """Sample (1, D, H, W) where ``theta`` points; trilinear, zero outside."""
+def affine_warp(
+    image: Tensor, theta: Tensor, deform: Tensor | None = None, mode: str = "bilinear"
+) -> Tensor:
+    """Sample (1, D, H, W) where ``theta``, and knots of a displacement, point; zero outside."""
     grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)
-    return F.grid_sample(image[None], grid, align_corners=False)[0]
+    if deform is not None:
+        grid = grid + smooth_field(deform, image.shape[1:]).movedim(0, -1)
+    return F.grid_sample(image[None], grid, mode, align_corners=False)[0]
 
 
 def random_intensity(amount: float, random: np.random.Generator) -> tuple[float, float] | None:

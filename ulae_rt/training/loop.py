@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from ulae_rt import __version__
 from ulae_rt.conventions import FULL_SHAPE, FULL_SPACING_MM
-from ulae_rt.errors import CheckpointError, TrainingError
+from ulae_rt.errors import CheckpointError, ConfigError, TrainingError
 from ulae_rt.imaging.grid import NORMALISATION
 from ulae_rt.losses import Loss
-from ulae_rt.model import Metadata, UlaeNet, save_checkpoint
+from ulae_rt.manifest import sha256
+from ulae_rt.model import Metadata, UlaeNet, load_model, save_checkpoint
 from ulae_rt.model.checkpoint import METADATA_KEY, MODEL_KEY, PRECISIONS, read_torch
 from ulae_rt.training.config import OptimiserConfig, TrainConfig
 from ulae_rt.training.data import Batch, PairDataset, find_scans, load_batches, worker_count
@@ -30,7 +31,7 @@ STATE_FILE = "state.pt"
 WEIGHTS_FILE = "last.safetensors"
 LOG_FILE = "log.csv"
 _LOG_COLUMNS = (
-    "step", "loss", "similarity", "smoothness", "folding", "lr", "seconds",
+    "step", "loss", "similarity", "smoothness", "folding", "labels", "lr", "seconds",
     "val_dice", "val_baseline", "val_folding_percent",
 )  # fmt: skip
 _LOG_EVERY = 10
@@ -75,7 +76,9 @@ class Trainer:
         )
         self.processes = Processes(config.run.device)
         torch.manual_seed(config.optimiser.seed)
-        self.model = UlaeNet(**config.model.model_dump()).to(self.processes.device)
+        self.start_sha256: str | None = None
+        model = UlaeNet(**config.model.model_dump()) if resume else self._first_model()
+        self.model = model.to(self.processes.device)
         self.model.feature_dtype = PRECISIONS[config.optimiser.precision]
         self.model.metadata = self._metadata()
         self.take_step = Step(self.model, config, self.processes)
@@ -156,6 +159,27 @@ class Trainer:
         self.processes.leave()
         return {**result, "weights": str(self.folder / WEIGHTS_FILE)}
 
+    def _first_model(self) -> UlaeNet:
+        """The network as the first step finds it.
+
+        Raises:
+            CheckpointError: for weights to begin with that cannot be read.
+            ConfigError: when they are of another network.
+        """
+        settings, start = self.config.model.model_dump(), self.config.optimiser.start
+        if start is None:
+            return UlaeNet(**settings)
+        model = load_model(start).train()
+        for name, value in settings.items():
+            found = getattr(model.metadata, name)
+            if found != value:
+                raise ConfigError(
+                    f"{start}: its {name} is {found}, and model.{name} is {value}",
+                    "give them the same, or other weights as optimiser.start",
+                )
+        self.start_sha256 = sha256(start.read_bytes())
+        return model
+
     def _announcement(self) -> str:
         size = self.processes.size
         return (
@@ -170,7 +194,13 @@ class Trainer:
         batch = config.optimiser.batch
         share = batch // processes.size
         length = config.optimiser.steps * batch
-        dataset = PairDataset(self.scans, config.optimiser.seed, config.data.pool, config.augment)
+        dataset = PairDataset(
+            self.scans,
+            config.optimiser.seed,
+            config.data.pool,
+            config.augment,
+            labelled=config.loss.labels > 0,
+        )
         start = processes.rank * share
         batches = load_batches(
             dataset,
@@ -216,6 +246,7 @@ class Trainer:
             "similarity": float(loss.similarity),
             "smoothness": float(loss.smoothness),
             "folding": float(loss.folding),
+            "labels": float(loss.labels),
             "lr": rate,
             "seconds": seconds,
         }
@@ -260,6 +291,7 @@ class Trainer:
         optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
         torch.set_rng_state(state["random"])
         self.step = state["step"]
+        self.start_sha256 = Metadata.from_json(state[METADATA_KEY], str(path)).recipe.get("start")
 
     def _check_same_run(self, text: str, path: Path) -> None:
         before, now = TrainConfig.model_validate_json(text), self.config
@@ -271,7 +303,9 @@ class Trainer:
                     f"{path}: its [{section}] differs from this configuration's",
                     "resume with the configuration it was started with, or start anew",
                 )
-        if before.optimiser.model_copy(update={"steps": now.optimiser.steps}) != now.optimiser:
+        settings = now.optimiser
+        allowed = {"steps": settings.steps, "start": settings.start}
+        if before.optimiser.model_copy(update=allowed) != settings:
             raise CheckpointError(
                 f"{path}: its [optimiser] differs from this configuration's",
                 "only optimiser.steps may change on --resume",
@@ -290,7 +324,8 @@ class Trainer:
             recipe={
                 "loss": self.config.loss.model_dump(),
                 "augment": self.config.augment.model_dump(),
-                "optimiser": self.config.optimiser.model_dump(),
+                "optimiser": self.config.optimiser.model_dump(exclude={"start"}),
+                "start": self.start_sha256,
                 "scans": len(self.scans),
                 "step": getattr(self, "step", 0),
             },

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ulae_rt.errors import BackendUnavailable, ConfigError, TrainingError
-from ulae_rt.losses import Loss, registration_loss
+from ulae_rt.losses import Labels, Loss, registration_loss
 from ulae_rt.model import UlaeNet
 from ulae_rt.model.ulae_net import Prediction, RegistrationOutput
 from ulae_rt.training.config import TrainConfig
@@ -135,9 +135,12 @@ class Step:
         found = []
         for batch in batches:
             moving, fixed = batch.augmented(self.device)
-            for name, m, f in zip(batch.names, moving, fixed, strict=True):
+            labels = batch.augmented_labels(self.device)
+            for i, name in enumerate(batch.names):
+                own = slice(i, i + 1)
+                maps = labels and Labels(labels.moving[own], labels.fixed[own], labels.number)
                 with _exact_convolutions():
-                    total = float(self._loss(self._entry(), m[None], f[None]).total)
+                    total = float(self._loss(self._entry(), moving[own], fixed[own], maps).total)
                 if not math.isfinite(total):
                     found.append(f"the loss of {name} is {total}")
         return found
@@ -148,7 +151,8 @@ class Step:
             try:
                 self._sums.zero_()
                 for batch in batches:
-                    self._add_micro_batch(*batch.augmented(self.device))
+                    labels = batch.augmented_labels(self.device)
+                    self._add_micro_batch(*batch.augmented(self.device), labels)
                 return
             except torch.OutOfMemoryError as error:
                 if self.model.checkpointing or self.config.run.activation_checkpointing == "off":
@@ -175,18 +179,18 @@ class Step:
             self._graph = None
             torch.cuda.empty_cache()
 
-    def _add_micro_batch(self, moving: Tensor, fixed: Tensor) -> None:
+    def _add_micro_batch(self, moving: Tensor, fixed: Tensor, labels: Labels | None) -> None:
         if not self.config.run.cuda_graph:
-            self._differentiate(moving, fixed)
+            self._differentiate(moving, fixed, labels)
             return
         if self._graph is None:
             before = self._sums.clone()
-            self._graph = _Graph(self._differentiate, moving, fixed)
+            self._graph = _Graph(self._differentiate, moving, fixed, labels)
             self._sums.copy_(before)
-        self._graph(moving, fixed)
+        self._graph(moving, fixed, labels)
 
-    def _differentiate(self, moving: Tensor, fixed: Tensor) -> None:
-        loss = self._loss(self._network, moving, fixed)
+    def _differentiate(self, moving: Tensor, fixed: Tensor, labels: Labels | None) -> None:
+        loss = self._loss(self._network, moving, fixed, labels)
         (loss.total * self.share).backward()
         self._losses.add_(torch.stack(loss).detach(), alpha=self.share)
 
@@ -199,6 +203,7 @@ class Step:
         network: Callable[..., Prediction | RegistrationOutput],
         moving: Tensor,
         fixed: Tensor,
+        labels: Labels | None,
     ) -> Loss:
         settings = self.config.loss
         out = network(moving, fixed)
@@ -210,36 +215,46 @@ class Step:
             gamma=settings.gamma,
             smoothness=settings.smoothness,
             folding=settings.folding,
+            labels=labels,
+            label_weight=settings.labels,
         )
 
 
 class _Graph:
-    """A function of two tensors, recorded once as a CUDA graph and then replayed.
+    """A function of images and labels, recorded once as a CUDA graph and then replayed.
 
     Args:
         function: leaves its results in tensors that stay where they are; is called a few times.
-        moving, fixed: what every later call's arguments look like.
+        moving, fixed, labels: what every later call's arguments look like.
     """
 
     def __init__(
-        self, function: Callable[[Tensor, Tensor], None], moving: Tensor, fixed: Tensor
+        self,
+        function: Callable[[Tensor, Tensor, Labels | None], None],
+        moving: Tensor,
+        fixed: Tensor,
+        labels: Labels | None,
     ) -> None:
         self.moving, self.fixed = moving.clone(), fixed.clone()
+        self.labels = labels and Labels(labels.moving.clone(), labels.fixed.clone(), labels.number)
         # What happens once (choosing algorithms, compiling, reserving workspaces) must be over
         # when the recording starts, and be done on a stream that is not the default one.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UPS):
-                function(self.moving, self.fixed)
+                function(self.moving, self.fixed, self.labels)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads, the one that pins batches and NCCL's, go on calling CUDA meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            function(self.moving, self.fixed)
+            function(self.moving, self.fixed, self.labels)
 
-    def __call__(self, moving: Tensor, fixed: Tensor) -> None:
+    def __call__(self, moving: Tensor, fixed: Tensor, labels: Labels | None) -> None:
         """Replay with these arguments."""
         self.moving.copy_(moving)
         self.fixed.copy_(fixed)
+        if self.labels and labels:
+            self.labels.moving.copy_(labels.moving)
+            self.labels.fixed.copy_(labels.fixed)
         self.graph.replay()

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
+from ulae_rt.displacement import upsample_displacement
 from ulae_rt.kernels import warp
 from ulae_rt.losses import jacobian_determinant
 from ulae_rt.metrics import mean_dice
@@ -63,19 +63,6 @@ def validate(
         )
     model.train()
     return Validation(*(float(np.mean(column)) for column in zip(*rows, strict=True)))
-
-
-def upsample_displacement(disp: Tensor, factor: int) -> Tensor:
-    """A displacement on a grid of averaged blocks, brought to the voxels that were averaged.
-
-    (B, 3, D, H, W) in coarse voxels to (B, 3, f D, f H, f W) in fine ones; the centre of a block
-    lies between its voxels, hence ``align_corners=False``.
-    """
-    if factor == 1:
-        return disp
-    return F.interpolate(
-        factor * disp, scale_factor=float(factor), mode="trilinear", align_corners=False
-    )
 
 
 def carry_labels(labels: NDArray[np.int32], disp: Tensor) -> NDArray[np.int32]:
