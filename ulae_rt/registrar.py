@@ -381,6 +381,8 @@ def finish(
     if refinement is not None:  # timed within the network's stage
         pair.seconds["refine"] = refinement.seconds
         pair.seconds["network"] -= refinement.seconds
+        if refinement.kept_back:
+            logger.warning("refinement: %s", refinement.ended)
     clock = Clock(progress, pair.seconds)
     with clock("warp"):
         fixed, brain = pair.target.volume, pair.target.brain

@@ -97,6 +97,30 @@ def test_the_network_sees_both_brains_aligned_on_its_grid(tmp_path, network):
     assert result.stats.similarity_before > 0.99
 
 
+def test_a_refined_pair_is_closer_and_says_what_it_took(pair, tmp_path, network, capsys, caplog):
+    assert register(pair, tmp_path, "--json") == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["refinement"] is None
+    warp = str(tmp_path / "warp.nii.gz")
+    assert register(pair, tmp_path, "--refine", "12", "-w", warp, "--json", "--overwrite") == 0
+    said = json.loads(capsys.readouterr().out)
+    # The network moves brains apart that met already.
+    gap = 1 - alone["similarity_after"]
+    assert 1 - said["similarity_after"] < 0.5 * gap
+    assert said["folding_percent"] == 0
+    assert said["refinement"]["iterations"] == 12
+    assert said["refinement"]["lncc_after"] > said["refinement"]["lncc_before"]
+    assert said["seconds"]["refine"] > 10 * said["seconds"]["network"] > 0
+    assert nib.load(warp).shape == (*nib.load(pair[1]).shape, 1, 3)
+
+    assert register(pair, tmp_path, "--refine", "5", "--overwrite") == 0
+    assert "refined     5 iterations, local correlation 0." in capsys.readouterr().out
+    network.shift = (0.0, 0.0, 0.0)
+    same = (pair[1], pair[1])
+    assert register(same, tmp_path, "--refine", "5", "--overwrite") == 0
+    assert "no gain: the network's displacement is kept" in caplog.text
+
+
 def test_a_displacement_the_network_finds_is_undone(tmp_path):
     """Moving is fixed shifted by 4 mm to the right; the right answer gives fixed back."""
     shape, affine = grid_affine((64, 80, 60), codes="LIA")
@@ -265,6 +289,8 @@ def test_choices_that_make_no_sense(tmp_path):
         load_network("w.safetensors", backend="onnxruntime")
     with pytest.raises(UsageError, match="affine is 'rigid'"):
         Registrar(FakeNetwork(), affine="rigid")
+    with pytest.raises(UsageError, match="refine is -1, expected 0 or more"):
+        Registrar(FakeNetwork(), refine=-1)
 
 
 def test_the_registrar_is_reached_from_the_package():

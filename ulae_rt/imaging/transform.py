@@ -40,6 +40,7 @@ class Refinement:
             grid that was reached; 0 where there is none.
         ended: why there are no more iterations.
         seconds: wall-clock time.
+        kept_back: whether ``ended`` is for the user to know: less was done than was asked for.
     """
 
     iterations: int
@@ -47,6 +48,7 @@ class Refinement:
     lncc_after: float
     ended: str
     seconds: float
+    kept_back: bool = False
 
 
 @dataclass(frozen=True)

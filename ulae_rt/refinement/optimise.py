@@ -1,6 +1,5 @@
 """From the network's displacement to one that its own pair agrees with better."""
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from ulae_rt.kernels.warp.op import warp
 from ulae_rt.refinement.schedule import Level
 from ulae_rt.refinement.smoothing import Gaussian
 
-logger = logging.getLogger(__name__)
-
 _Box = tuple[slice, slice, slice]
 
 # Voxels around the brains that are refined with them: as far as anything is moved or smoothed to.
@@ -30,6 +27,9 @@ _LOOK_EVERY = 5
 # A level is over when it gains less in this many iterations than this part of what it gained in
 # its first as many.
 _ENOUGH = 0.02
+# What Adam finds to climb between two images that are one already, where a voxel of stronger
+# contrast beats the correlation's eps, is a tenth of this; a pair of people gains tens of it.
+_LEAST_GAIN = 0.005
 # Adam's, and how much of the largest moment is too little to make a whole step of: where neither
 # image has anything to say, rounding is not to move the field.
 _BETA_1, _BETA_2, _STILL = 0.9, 0.99, 1e-3
@@ -95,6 +95,7 @@ def refine(
     )
     begun = _inside(disp, box, given).float()
     found, factor, window, done, ended = begun, given, 0, 0, "nothing was asked for"
+    kept_back = False
     for level in levels:
         try:
             climb = _Climb(
@@ -107,8 +108,8 @@ def refine(
         except RuntimeError as error:  # torch has no narrower one for memory of the CPU
             if not _is_memory(error):
                 raise
-            ended = f"memory does not suffice for a grid of {level.factor} mm"
-            logger.warning("refinement: %s, what was found before it is kept", ended)
+            ended = f"too little memory at {level.factor} mm: what was found before is kept"
+            kept_back = True
             break
         found, factor, window = climb.disp, level.factor, level.window
         done, ended = done + climb.done, climb.ended
@@ -120,12 +121,12 @@ def refine(
             float(lncc(warp(images[0], field), images[1], window))
             for field in (_brought(begun, given, factor), found)
         )
-    if not after > before:  # NaN is not either
+    if not after > (1 + _LEAST_GAIN) * before:  # NaN is not either
         ended = "no gain: the network's displacement is kept"
-        found, factor, after = begun, given, before
+        found, factor, after, kept_back = begun, given, before, done > 0
     whole = _brought(disp.float(), given, factor).clone()
     _inside(whole, box, factor).copy_(found)
-    report = Refinement(done, before, after, ended, time.perf_counter() - start)
+    report = Refinement(done, before, after, ended, time.perf_counter() - start, kept_back)
     return Refined(whole, factor, report)
 
 
