@@ -20,7 +20,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format kernel-table bench test-gpu bench-gpu tune-gpu profile-gpu build/path clean
+.PHONY: help install demo test check format kernel-table bench accuracy test-gpu bench-gpu tune-gpu profile-gpu build/path clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -62,6 +62,9 @@ format: $(STAMP)  ## rewrite the sources in the house format
 
 bench: $(STAMP)  ## run the benchmarks, as pytest --benchmark does, and write their report
 	$(BIN)/python -P -m pytest --benchmark $(ARGS)
+
+accuracy: $(STAMP)  ## register OASIS val by every method and baseline, and measure (hours)
+	$(BIN)/python -P bench/accuracy.py $(ARGS)
 
 kernel-table: $(STAMP)  ## compile the kernels for every GPU and show what each takes of it
 	$(BIN)/python -P -m ulae_rt.kernels.resources $(ARGS)
