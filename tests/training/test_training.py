@@ -307,6 +307,6 @@ def test_paths_are_relative_to_the_configuration(tmp_path: Path) -> None:
     assert config.output.folder == tmp_path / "run"
 
 
-@pytest.mark.parametrize("name", ["paper.toml", "oasis-2mm.toml"])
+@pytest.mark.parametrize("name", ["paper.toml", "oasis-2mm.toml", "oasis-2mm-labels.toml"])
 def test_shipped_configurations_are_valid(name: str) -> None:
     read_config(Path(__file__).parents[2] / "configs" / name)
