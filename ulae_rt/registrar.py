@@ -216,7 +216,10 @@ class Registrar:
         pair = self.prepare(moving, fixed, labels=labels, progress=progress)
         clock = Clock(progress, pair.seconds)
         with clock("network"):
-            deformation = self.deform([pair])[0]
+            deformation = self._run([pair])[0]
+        if self.refine:
+            with clock("refine"):
+                deformation = self._refined(deformation, pair)
         pair.seconds.update(clock.seconds)
         return finish(pair, deformation, progress=progress)
 
@@ -300,6 +303,12 @@ class Registrar:
         Raises:
             EngineMismatch: the network returned another grid, or failed.
         """
+        found = self._run(pairs)
+        if not self.refine:
+            return found
+        return [self._refined(*each) for each in zip(found, pairs, strict=True)]
+
+    def _run(self, pairs: Sequence[_PreparedOnGrid]) -> list[Deformation]:
         # An engine made for more pairs at once gets the last as often as it takes.
         fill = -len(pairs) % self.network.batch
         filled = [*pairs, *[pairs[-1]] * fill]
@@ -314,13 +323,10 @@ class Registrar:
                     f"{(3, *grid.shape)}",
                     "export the engine again from its weights",
                 )
-        found = [
+        return [
             Deformation(np.ascontiguousarray(each), grid, pair.affine)
             for each, grid, pair in zip(disp, grids, pairs, strict=False)
         ]
-        if not self.refine:
-            return found
-        return [self._refined(*each) for each in zip(found, pairs, strict=True)]
 
     def _refined(self, found: Deformation, pair: _PreparedOnGrid) -> Deformation:
         import torch  # loaded with the network, unless an engine runs it
@@ -378,11 +384,8 @@ def finish(
             "use --precision fp32; if that is what ran, the weights are damaged",
         )
     refinement = deformation.refinement
-    if refinement is not None:  # timed within the network's stage
-        pair.seconds["refine"] = refinement.seconds
-        pair.seconds["network"] -= refinement.seconds
-        if refinement.kept_back:
-            logger.warning("refinement: %s", refinement.ended)
+    if refinement is not None and refinement.kept_back:
+        logger.warning("refinement: %s", refinement.ended)
     clock = Clock(progress, pair.seconds)
     with clock("warp"):
         fixed, brain = pair.target.volume, pair.target.brain

@@ -268,6 +268,7 @@ def test_the_command_registers_with_a_baseline(scans, tmp_path, capsys):
         ["--backend", "torch"],
         ["--device", "cpu"],
         ["--precision", "fp16"],
+        ["--refine", "10"],
     ],
 )
 def test_flags_of_the_network_are_refused_with_a_baseline(flags, scans, tmp_path, capsys):

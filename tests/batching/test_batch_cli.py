@@ -179,7 +179,9 @@ def network(monkeypatch):
     """The network that every command of this process opens."""
     fake = FakeNetwork()
     monkeypatch.setattr(
-        options.NetworkOptions, "open", lambda self: Registrar(fake, affine=self.affine)
+        options.NetworkOptions,
+        "open",
+        lambda self: Registrar(fake, affine=self.affine, refine=self.refine),
     )
     return fake
 
@@ -230,6 +232,24 @@ def test_a_folder_with_results_wants_resume_and_the_same_settings(
     assert call(capsys, *flags, "--resume")[0] == 0
     status, errors = call(capsys, *flags[:-1], "com", "--resume")
     assert (status, "was begun with affine none, now it is com" in errors) == (1, True)
+
+
+def test_refined_pairs_say_what_it_took(listed, network, tmp_path, capsys):
+    (listed.parent / "one.csv").write_text("id,moving,fixed\na,LIA.nii.gz,RAS.nii.gz\n")
+    flags = (listed.parent / "one.csv", "--affine", "com")
+    network.shift = (0.7, 0.0, 0.0)
+    for folder, more in (("alone", ()), ("refined", ("--refine", "5"))):
+        assert call(capsys, *flags, "-o", tmp_path / folder, *more)[0] == 0
+    alone, refined = (read_results(tmp_path / each)[0] for each in ("alone", "refined"))
+    assert "refine" not in alone.seconds
+    assert refined.seconds["refine"] > refined.seconds["network"] > 0
+    assert refined.similarity_after > alone.similarity_after
+    assert json.loads((tmp_path / "refined" / "run.json").read_text())["refine"] == 5
+    network.shift = (0.0, 0.0, 0.0)
+    assert call(capsys, *flags, "-o", tmp_path / "no gain", "--refine", "5")[0] == 0
+    assert "the network's displacement is kept" in read_results(tmp_path / "no gain")[0].warnings[0]
+    status, errors = call(capsys, *flags, "-o", tmp_path / "refined", "--resume")
+    assert (status, "was begun with refine 5, now it is 0" in errors) == (1, True)
 
 
 def test_a_disk_that_fills_up_stops_cleanly(listed, network, tmp_path, capsys, monkeypatch):

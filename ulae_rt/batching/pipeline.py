@@ -231,9 +231,13 @@ class Pipeline(Generic[TargetT, PairT]):
                 ) from error
             return [_Failed(ready[0].pair, error, ready[0].warnings)]
         self._failures = 0
-        each_took = (time.perf_counter() - start) / len(ready)
+        took = time.perf_counter() - start
+        for each, deformation in zip(ready, found, strict=True):
+            if deformation.refinement is not None:
+                each.prepared.seconds["refine"] = deformation.refinement.seconds
+                took -= deformation.refinement.seconds
         for each in ready:
-            each.prepared.seconds["network"] = each_took
+            each.prepared.seconds["network"] = took / len(ready)
         return list(zip(ready, found, strict=True))
 
     def _finish(self, ready: _Ready[PairT], deformation: Deformation) -> Row:
