@@ -22,6 +22,7 @@ from harness.machine import commit
 from harness.record import RESULTS, ROOT
 from ulae_rt import env
 
+LABELS = ROOT / "ulae_rt" / "model" / "weights" / "ulae-oasis-labels.safetensors"
 # By name: what `batch` is given. The affine alone and doing nothing are evaluate's own.
 METHODS = {
     "syn": ["--method", "syn"],
@@ -30,6 +31,8 @@ METHODS = {
     "network+10": ["--refine", "10"],
     "network+50": ["--refine", "50"],
     "network+200": ["--refine", "200"],
+    "labels": ["--weights", str(LABELS)],
+    "labels+50": ["--weights", str(LABELS), "--refine", "50"],
 }
 
 
