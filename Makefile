@@ -20,7 +20,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format kernel-table bench accuracy test-gpu bench-gpu tune-gpu profile-gpu build/path clean
+.PHONY: help install demo test check format kernel-table bench accuracy ablation test-gpu bench-gpu tune-gpu profile-gpu build/path clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -65,6 +65,9 @@ bench: $(STAMP)  ## run the benchmarks, as pytest --benchmark does, and write th
 
 accuracy: $(STAMP)  ## register OASIS val by every method and baseline, and measure (hours)
 	$(BIN)/python -P bench/accuracy.py $(ARGS)
+
+ablation: $(STAMP)  ## train and measure the paper's ablation at small scale (an hour)
+	$(BIN)/python -P bench/ablation.py $(ARGS)
 
 kernel-table: $(STAMP)  ## compile the kernels for every GPU and show what each takes of it
 	$(BIN)/python -P -m ulae_rt.kernels.resources $(ARGS)

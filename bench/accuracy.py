@@ -4,35 +4,36 @@
 
 needs ``ULAE_RT_DATA``, and of the package what ``evaluate`` and ``baselines`` bring. It registers
 the 20 ordered pairs by each method that is not done yet (what was stopped goes on), measures all of
-them together, and writes ``results/accuracy-oasis-val-<date>-<commit>.csv`` and ``.md``. On two
-cores SyN and greedy take 35 and 40 minutes, the network alone 3.
+them together, writes ``results/accuracy-<date>-<commit>.csv``, ``.md`` and ``.json``, and from the
+newest of these that has the most methods the README's table. On two quiet cores SyN and greedy take
+35 and 40 minutes, the network alone 3.
 """
 
 import argparse
-import datetime
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness.machine import commit
-from harness.record import RESULTS, ROOT
-from ulae_rt import env
+from harness.record import ROOT
+from harness.registering import Way, data_dir, measure, register
+from report import readme
 
-LABELS = ROOT / "ulae_rt" / "model" / "weights" / "ulae-oasis-labels.safetensors"
-# By name: what `batch` is given. The affine alone and doing nothing are evaluate's own.
+KIND = "accuracy"
+UNSUPERVISED = "ulae_rt/model/weights/ulae-oasis.safetensors"
+# The affine alone and doing nothing are evaluate's own.
 METHODS = {
-    "syn": ["--method", "syn"],
-    "greedy": ["--method", "greedy"],
-    "network": [],
-    "network+10": ["--refine", "10"],
-    "network+50": ["--refine", "50"],
-    "network+200": ["--refine", "200"],
-    "labels": ["--weights", str(LABELS)],
-    "labels+50": ["--weights", str(LABELS), "--refine", "50"],
+    "syn": Way("ANTs SyN (antspyx 0.5.3)", ("--method", "syn")),
+    "greedy": Way("greedy (picsl-greedy 1.4)", ("--method", "greedy")),
+    "network": Way("network"),
+    "network+10": Way("network, `--refine 10`", ("--refine", "10")),
+    "network+50": Way("network, `--refine 50`", ("--refine", "50")),
+    "network+200": Way("network, `--refine 200`", ("--refine", "200")),
+    "unsupervised": Way("unsupervised weights", ("--weights", UNSUPERVISED)),
+    "unsupervised+50": Way(
+        "unsupervised, `--refine 50`", ("--weights", UNSUPERVISED, "--refine", "50")
+    ),
 }
 
 
@@ -40,42 +41,17 @@ def main() -> int:
     """Run what is missing, then measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--methods", default=",".join(METHODS), help="which ones (%(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "accuracy", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / KIND, metavar="DIR")
     arguments = parser.parse_args()
     names = arguments.methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         parser.error(f"no method {unknown[0]}, expected some of {', '.join(METHODS)}")
-    data = env.data_dir()
-    if data is None:
-        parser.error("ULAE_RT_DATA is not set: give it the folder that has oasis/val")
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    pairs = out / "pairs.csv"
-    if not pairs.exists():
-        ulae_rt("pairs", Path(data) / "oasis" / "val", "-o", pairs, "--protocol", "oasis")
-    for name in names:
-        folder = out / name
-        begun = ["--resume"] if (folder / "run.json").exists() else []
-        ulae_rt("batch", pairs, "-o", folder, "--outputs", "warp", *METHODS[name], *begun)
-    report = out / "report"
-    folders = [f"{name}={out / name}" for name in names]
-    ulae_rt("evaluate", *folders, "-o", report, "--protocol", "oasis", "--overwrite")
-    came_from, dirty = commit()
-    day = datetime.datetime.now(datetime.UTC)
-    stem = f"accuracy-oasis-val-{day:%Y-%m-%d}-{came_from}{'-dirty' * dirty}"
-    for file, suffix in (("cases.csv", "csv"), ("table.md", "md")):
-        shutil.copyfile(report / file, RESULTS / f"{stem}.{suffix}")
-        print(f"written: {RESULTS / f'{stem}.{suffix}'}")
+    out = arguments.out.resolve()
+    ways = {name: way for name, way in METHODS.items() if name in names}
+    register(ways, data_dir(parser) / "oasis" / "val", out)
+    measure(KIND, ways, out)
+    readme.write(ROOT / "README.md")
     return 0
-
-
-def ulae_rt(command: str, *arguments: object) -> None:
-    """Run one of the package's commands, and stop with it if it fails."""
-    line = [sys.executable, "-P", "-m", f"ulae_rt.{command}", *map(str, arguments)]
-    print("$", *line[3:], flush=True)
-    status = subprocess.run(line, check=False).returncode
-    if status:
-        raise SystemExit(status)
 
 
 if __name__ == "__main__":

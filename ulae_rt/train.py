@@ -18,6 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the output folder's checkpoint, exactly"
     )
+    parser.add_argument(
+        "--set", dest="changes", action="append", default=[], metavar="SECTION.KEY=VALUE",
+        help="in place of what the file says; may be given more than once",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, report: Report) -> dict[str, Any]:
@@ -29,7 +33,7 @@ def run(arguments: argparse.Namespace, report: Report) -> dict[str, Any]:
     from ulae_rt.training.loop import StoppedElsewhere, Trainer
 
     keep_freed_memory()
-    trainer = Trainer(read_config(arguments.config), resume=arguments.resume)
+    trainer = Trainer(read_config(arguments.config, arguments.changes), resume=arguments.resume)
     try:
         result = trainer.run(report)
     except StoppedElsewhere:

@@ -1,11 +1,10 @@
-"""The README's table of figures, from the newest full record of each machine.
+"""The README's figures: of speed from the newest full record of each machine, and of accuracy.
 
     python bench/report/readme.py
 
-rewrites what stands in the README between its two marks.
+rewrites what stands in the README between their marks.
 """
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,11 +13,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.record import ROOT, Record, all_records, newest
-from report import text, words
+from report import accuracy, blocks, text, words
 from report.headlines import Headline, headlines
 from report.markdown import plain
 
-START, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 MOST_ROWS = 7
 
 
@@ -73,44 +71,26 @@ def _memory(value: float | None) -> str:
     return words.NONE if value is None else words.size(value * 1e9)
 
 
-def write(readme: Path, records: Iterable[Record]) -> None:
-    """Put the figures of some records between the marks of a README.
+def is_current(readme: Path) -> bool:
+    """Whether a README has the figures of the newest records."""
+    return all(blocks.get(readme, name) == block for name, block in _blocks().items())
+
+
+def write(readme: Path) -> None:
+    """Put the figures of the newest records between the marks of a README.
 
     Raises:
         ValueError: the marks do not stand in it, once each, in their order.
     """
-    before, _, after = _parts(readme)
-    hidden = readme.with_name(f".{readme.name}.part")
-    hidden.write_text(f"{before}{START}\n{section(records)}\n{END}{after}", encoding="utf-8")
-    os.replace(hidden, readme)
+    for name, block in _blocks().items():
+        blocks.put(readme, name, block)
 
 
-def is_current(readme: Path, records: Iterable[Record]) -> bool:
-    """Whether a README has the figures of some records.
-
-    Raises:
-        ValueError: the marks do not stand in it, once each, in their order.
-    """
-    return _parts(readme)[1] == f"\n{section(records)}\n"
-
-
-def _parts(readme: Path) -> tuple[str, str, str]:
-    """What stands before, between and after the marks."""
-    content = readme.read_text(encoding="utf-8")
-    for mark in (START, END):
-        number = content.count(mark)
-        if number != 1:
-            raise ValueError(
-                f"{readme.name}: {mark} stands in it {number} times, expected once; put it on a "
-                "line of its own where the figures of the benchmark belong"
-            )
-    before, rest = content.split(START)
-    if END not in rest:
-        raise ValueError(
-            f"{readme.name}: expected {START} before {END}, got the reverse; swap them"
-        )
-    between, after = rest.split(END)
-    return before, between, after
+def _blocks() -> dict[str, str]:
+    found = {"benchmark": section(all_records())}
+    if (evidence := accuracy.newest("accuracy")) is not None:
+        found["accuracy"] = accuracy.section(evidence)
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -119,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python bench/report/readme.py", file=sys.stderr)
         return 2
     try:
-        write(ROOT / "README.md", all_records())
+        write(ROOT / "README.md")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.record import ROOT, Record, all_records
-from report.readme import END, MOST_ROWS, START, is_current, section, write
+from harness.record import ROOT, Record
+from report import blocks
+from report.readme import MOST_ROWS, is_current, section
 
 
 def tables(text: str) -> list[list[str]]:
@@ -52,17 +53,19 @@ def test_no_more_rows_than_allowed_and_every_headline_before_a_second(gpu: Recor
     assert sum("ulae_rt bf16" in row for row in rows) == 7
 
 
-def test_the_figures_stand_between_the_marks(cpu: Record, gpu: Record, tmp_path: Path) -> None:
+def test_a_block_stands_between_its_marks(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n\n{START}\nold\n{END}\n\nafter\n")
-    assert not is_current(readme, [cpu])
-    write(readme, [cpu])
-    assert is_current(readme, [cpu])
-    assert not is_current(readme, [cpu, gpu])
-    text = readme.read_text()
-    assert text.startswith(f"before\n\n{START}\n**Xeon")
-    assert text.endswith(f"|\n{END}\n\nafter\n")
+    readme.write_text("before\n\n<!-- a -->\nold\n<!-- /a -->\n\n<!-- b -->\n<!-- /b -->\n")
+    assert blocks.get(readme, "a") == "old"
+    blocks.put(readme, "a", "new\n\nlines")
+    assert blocks.get(readme, "a") == "new\n\nlines"
+    assert readme.read_text() == (
+        "before\n\n<!-- a -->\nnew\n\nlines\n<!-- /a -->\n\n<!-- b -->\n<!-- /b -->\n"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+START, END = "<!-- a -->", "<!-- /a -->"
 
 
 @pytest.mark.parametrize(
@@ -75,17 +78,15 @@ def test_the_figures_stand_between_the_marks(cpu: Record, gpu: Record, tmp_path:
         (f"{END}{START}", "the reverse; swap them"),
     ],
 )
-def test_missing_or_doubled_marks_are_refused(
-    content: str, message: str, cpu: Record, tmp_path: Path
-) -> None:
+def test_missing_or_doubled_marks_are_refused(content: str, message: str, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(content)
     with pytest.raises(ValueError, match=message):
-        write(readme, [cpu])
+        blocks.put(readme, "a", "text")
     with pytest.raises(ValueError, match=message):
-        is_current(readme, [cpu])
+        blocks.get(readme, "a")
     assert readme.read_text() == content
 
 
 def test_the_readme_shows_the_newest_records() -> None:
-    assert is_current(ROOT / "README.md", all_records())
+    assert is_current(ROOT / "README.md")

@@ -307,6 +307,47 @@ def test_paths_are_relative_to_the_configuration(tmp_path: Path) -> None:
     assert config.output.folder == tmp_path / "run"
 
 
+def test_entries_changed_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = tmp_path / "c.toml"
+    path.write_text("[data]\ntrain='scans'\nval='other'\n[output]\nfolder='run'")
+    changes = [
+        "output.folder=runs/a=b", "model.accumulate=false", "loss.windows=[7]", "run.device=cpu",
+        "optimiser.lr = 1e-3", 'data.val="../elsewhere"', "optimiser.lr=2e-3",
+    ]  # fmt: skip
+    config = read_config(path, changes)
+    assert config.data.train == tmp_path / "scans"
+    assert config.data.val is not None
+    assert config.data.val.resolve() == tmp_path / "elsewhere"
+    assert config.output.folder == tmp_path / "here" / "runs" / "a=b"
+    assert not config.model.accumulate
+    assert config.loss.windows == (7,)
+    assert config.run.device == "cpu"
+    assert config.optimiser.lr == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("steps=4", "--set steps=4: expected SECTION.KEY=VALUE"),
+        ("optimiser.steps", "expected SECTION.KEY=VALUE"),
+        ("optimiser.=4", "expected SECTION.KEY=VALUE"),
+        ("optimiser.stops=4", r"optimiser.stops: Extra inputs"),
+        ("nonsense.a.b=4", r"nonsense: Extra inputs"),
+        ("optimiser.steps=many", "optimiser.steps: .*got 'many'"),
+        ("data.train=4", "data.train: "),
+    ],
+)
+def test_bad_changes(tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[data]\ntrain='x'\n[output]\nfolder='r'")
+    with pytest.raises(ConfigError, match=message):
+        read_config(path, [change])
+
+
 @pytest.mark.parametrize("name", ["paper.toml", "oasis-2mm.toml", "oasis-2mm-labels.toml"])
 def test_shipped_configurations_are_valid(name: str) -> None:
     read_config(Path(__file__).parents[2] / "configs" / name)

@@ -1,12 +1,16 @@
 """A training run as one TOML file, checked before any work."""
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ulae_rt.errors import ConfigError
+
+# What is relative to the file, or on the command line to the working directory.
+_PATHS = (("data", "train"), ("data", "val"), ("output", "folder"), ("optimiser", "start"))
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -167,8 +171,13 @@ class TrainConfig(_Section):
     run: RunConfig = RunConfig()
 
 
-def read_config(path: Path) -> TrainConfig:
-    """Read and check a configuration; paths in it are relative to its folder.
+def read_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
+    """Read and check a configuration.
+
+    Args:
+        path: a TOML file; paths in it are relative to its folder.
+        changes: ``SECTION.KEY=VALUE`` each, VALUE as in TOML, where text needs no quotes; paths are
+            relative to the working directory.
 
     Raises:
         ConfigError: for a missing file, bad TOML, or an unknown or wrong entry, named.
@@ -183,22 +192,36 @@ def read_config(path: Path) -> TrainConfig:
         raise ConfigError(
             f"{path}: not valid TOML ({error})", "see configs/ for examples"
         ) from error
+    base = path.resolve().parent
+    for section, key in _PATHS:
+        if isinstance(values.get(section), dict) and isinstance(values[section].get(key), str):
+            values[section][key] = base / values[section][key]
+    for change in changes:
+        section, key, value = _parsed(change)
+        if (section, key) in _PATHS and isinstance(value, str):
+            value = Path.cwd() / value
+        part = values.setdefault(section, {})
+        if isinstance(part, dict):  # anything else is named below
+            part[key] = value
     try:
-        config = TrainConfig.model_validate(values)
+        return TrainConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
             f"{path}: {where}: {first['msg']}, got {first.get('input')!r}", "see configs/"
         ) from error
-    base = path.resolve().parent
-    data = config.data.model_copy(
-        update={
-            "train": base / config.data.train,
-            "val": base / config.data.val if config.data.val else None,
-        }
-    )
-    output = config.output.model_copy(update={"folder": base / config.output.folder})
-    start = config.optimiser.start
-    optimiser = config.optimiser.model_copy(update={"start": base / start if start else None})
-    return config.model_copy(update={"data": data, "output": output, "optimiser": optimiser})
+
+
+def _parsed(change: str) -> tuple[str, str, Any]:
+    """Section, key and value of ``SECTION.KEY=VALUE``."""
+    name, equals, text = change.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(
+            f"--set {change}: expected SECTION.KEY=VALUE", "for example --set optimiser.steps=500"
+        )
+    try:
+        return section, key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return section, key, text.strip()

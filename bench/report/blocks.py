@@ -1,0 +1,50 @@
+"""Parts of a README that are written by a program: what stands between two marks."""
+
+import os
+from pathlib import Path
+
+
+def put(readme: Path, name: str, text: str) -> None:
+    """Put ``text`` between ``<!-- name -->`` and ``<!-- /name -->``.
+
+    Raises:
+        ValueError: the marks do not stand in it, once each, in their order.
+    """
+    before, _, after = _parts(readme, name)
+    start, end = _marks(name)
+    hidden = readme.with_name(f".{readme.name}.part")
+    hidden.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+    os.replace(hidden, readme)
+
+
+def get(readme: Path, name: str) -> str:
+    """What stands there, as `put` was given it.
+
+    Raises:
+        ValueError: as by `put`.
+    """
+    return _parts(readme, name)[1].removeprefix("\n").removesuffix("\n")
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
+def _parts(readme: Path, name: str) -> tuple[str, str, str]:
+    """What stands before, between and after the marks."""
+    content = readme.read_text(encoding="utf-8")
+    start, end = _marks(name)
+    for mark in (start, end):
+        number = content.count(mark)
+        if number != 1:
+            raise ValueError(
+                f"{readme.name}: {mark} stands in it {number} times, expected once; put it on a "
+                "line of its own where the figures belong"
+            )
+    before, rest = content.split(start)
+    if end not in rest:
+        raise ValueError(
+            f"{readme.name}: expected {start} before {end}, got the reverse; swap them"
+        )
+    between, after = rest.split(end)
+    return before, between, after
