@@ -160,6 +160,12 @@ def _batch(
         }
         folder.write_summary(summary)
         write_page(folder, rows, summary, arguments.pictures)
+        if summary["lncc_refined"]:
+            before, after = (summary[f"lncc_{of}"]["mean"] for of in ("network", "refined"))
+            report(
+                f"refined     local correlation {before:.4f} to {after:.4f} in the mean, "
+                f"{summary['seconds']['refine']:.1f} s a pair"
+            )
         report(f"results     {folder.results}")
         report(f"summary     {folder.summary}")
         report(f"page        {folder.page}")

@@ -138,8 +138,9 @@ def _progress() -> Iterator[Callable[[str], None]]:
         started: set[str] = set()
 
         def step(stage: str) -> None:
-            bar.update(len(started) - bar.n)
-            started.add(stage)
+            if stage.partition(" ")[0] not in started:  # "refine 7/50" is a part of one
+                bar.update(len(started) - bar.n)
+                started.add(stage)
             bar.set_description(stage)
 
         yield step

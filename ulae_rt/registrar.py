@@ -207,7 +207,8 @@ class Registrar:
             moving: a path, a nibabel image, or (array (X, Y, Z), affine (4, 4) to RAS mm).
             fixed: likewise, of any other size, spacing and orientation.
             labels: a label map in the moving image's space, carried along.
-            progress: called with the name of each stage as it starts.
+            progress: called with the name of each stage as it starts, and after each iteration of
+                a refinement with ``refine DONE/ALL``.
 
         Raises:
             ImageError, GeometryError: a scan that cannot be used; see `read_volume`.
@@ -219,7 +220,7 @@ class Registrar:
             deformation = self._run([pair])[0]
         if self.refine:
             with clock("refine"):
-                deformation = self._refined(deformation, pair)
+                deformation = self._refined(deformation, pair, progress)
         pair.seconds.update(clock.seconds)
         return finish(pair, deformation, progress=progress)
 
@@ -328,7 +329,12 @@ class Registrar:
             for each, grid, pair in zip(disp, grids, pairs, strict=False)
         ]
 
-    def _refined(self, found: Deformation, pair: _PreparedOnGrid) -> Deformation:
+    def _refined(
+        self,
+        found: Deformation,
+        pair: _PreparedOnGrid,
+        progress: Callable[[str], None] | None = None,
+    ) -> Deformation:
         import torch  # loaded with the network, unless an engine runs it
 
         from ulae_rt.refinement import refine, schedule
@@ -342,6 +348,7 @@ class Registrar:
             torch.from_numpy(pair.target.detail)[None, None].to(device),
             torch.from_numpy(found.disp)[None].to(device),
             schedule(self.refine),
+            progress=progress and (lambda done: progress(f"refine {done}/{self.refine}")),
         )
         return Deformation(
             refined.disp[0].cpu().numpy(),

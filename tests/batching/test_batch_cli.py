@@ -238,10 +238,18 @@ def test_refined_pairs_say_what_it_took(listed, network, tmp_path, capsys):
     (listed.parent / "one.csv").write_text("id,moving,fixed\na,LIA.nii.gz,RAS.nii.gz\n")
     flags = (listed.parent / "one.csv", "--affine", "com")
     network.shift = (0.7, 0.0, 0.0)
+    said = {}
     for folder, more in (("alone", ()), ("refined", ("--refine", "5"))):
-        assert call(capsys, *flags, "-o", tmp_path / folder, *more)[0] == 0
+        assert main(["batch", *map(str, flags), "-o", str(tmp_path / folder), *more]) == 0
+        said[folder] = capsys.readouterr().out
     alone, refined = (read_results(tmp_path / each)[0] for each in ("alone", "refined"))
     assert "refine" not in alone.seconds
+    assert (alone.lncc_network, alone.lncc_refined) == (None, None)
+    assert refined.lncc_refined > refined.lncc_network
+    assert "refined     local correlation 0." in said["refined"]
+    assert "refined  " not in said["alone"]
+    assert " refined to 0." in (tmp_path / "refined/summary.html").read_text()
+    assert " refined to " not in (tmp_path / "alone/summary.html").read_text()
     assert refined.seconds["refine"] > refined.seconds["network"] > 0
     assert refined.similarity_after > alone.similarity_after
     assert json.loads((tmp_path / "refined" / "run.json").read_text())["refine"] == 5

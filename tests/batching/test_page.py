@@ -295,6 +295,8 @@ def test_any_rows_give_a_page(tmp_path, seed):
             rng.choice(percent),
             rng.choice(percent),
             rng.choice([None, [], [[1.0, 0, 0, 0]], np.eye(4).tolist(), np.zeros((4, 4)).tolist()]),
+            rng.choice(similarity),
+            rng.choice(similarity),
             rng.choice([[], [rng.choice(texts)] * 3]),
             *rng.choices(texts, k=5),
         )

@@ -121,6 +121,16 @@ def test_a_refined_pair_is_closer_and_says_what_it_took(pair, tmp_path, network,
     assert "no gain: the network's displacement is kept" in caplog.text
 
 
+def test_progress_says_each_stage_and_each_iteration(tmp_path, network):
+    scan = save_brain(tmp_path / "m.nii.gz", *GEOMETRIES["PSR"])
+    said = []
+    Registrar(network, affine="com", refine=3)(scan, scan, progress=said.append)
+    start = said.index("refine")
+    assert said[start - 1 : start + 5] == [
+        "network", "refine", "refine 1/3", "refine 2/3", "refine 3/3", "warp",
+    ]  # fmt: skip
+
+
 def test_a_displacement_the_network_finds_is_undone(tmp_path):
     """Moving is fixed shifted by 4 mm to the right; the right answer gives fixed back."""
     shape, affine = grid_affine((64, 80, 60), codes="LIA")

@@ -255,7 +255,7 @@ class Pipeline(Generic[TargetT, PairT]):
                     outputs = self._outputs(pair)
                     files: dict[str, Any] = {k: part / Path(p).name for k, p in outputs.items()}
                     result.save(**files, warp_format=self._wanted.warp_format)
-                stats = result.stats
+                stats, how = result.stats, result.stats.refinement
                 row = _signed(
                     Row(
                         pair.id,
@@ -269,6 +269,8 @@ class Pipeline(Generic[TargetT, PairT]):
                         stats.folding_image_percent,
                         back,
                         result.affine.tolist(),
+                        None if how is None else how.lncc_before,
+                        None if how is None else how.lncc_after,
                         [*ready.warnings, *warnings],
                     )
                 )

@@ -40,6 +40,8 @@ class Row:
         inverse_consistency_mm: mean of `ulae_rt.result.Result.inverse_consistency`, where the
             inverse was wanted.
         affine: (4, 4), fixed RAS mm to moving RAS mm.
+        lncc_network, lncc_refined: local correlation before and after the refinement, where there
+            was one; see `ulae_rt.imaging.transform.Refinement`.
         warnings: what was worth saying about its files.
         error, hint: why it failed and what to do.
         traceback: where, if it was no fault of the files'.
@@ -58,6 +60,8 @@ class Row:
     folding_image_percent: float | None = None
     inverse_consistency_mm: float | None = None
     affine: list[list[float]] | None = None
+    lncc_network: float | None = None
+    lncc_refined: float | None = None
     warnings: list[str] = field(default_factory=list)
     error: str = ""
     hint: str = ""

@@ -15,6 +15,8 @@ FIGURES = (
     "folding_percent",
     "folding_image_percent",
     "inverse_consistency_mm",
+    "lncc_network",
+    "lncc_refined",
 )
 
 
