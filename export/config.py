@@ -118,7 +118,7 @@ class ExportConfig:
     @property
     def folder(self) -> Path:
         """Where the artefacts go."""
-        stem = "ulae-oasis" if self.weights is None else self.weights.stem
+        stem = "ulae-oasis-labels" if self.weights is None else self.weights.stem
         return self.out if self.out is not None else DEFAULT_FOLDER / stem
 
     def tolerance(self, precision: str) -> Tolerance:

@@ -19,7 +19,7 @@ from ulae_rt.optional import require
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "ulae-oasis.safetensors"
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "ulae-oasis-labels.safetensors"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 METADATA_KEY = "ulae_rt"
