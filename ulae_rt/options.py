@@ -47,8 +47,8 @@ class NetworkOptions:
         )  # fmt: skip
         network.add_argument(
             "--refine", type=int, default=0, metavar="N",
-            help="then improve each pair's displacement by itself, in N iterations (50: on two "
-            "cores half a minute more, more accurate, almost no folds) (%(default)s)",
+            help="then improve each pair's displacement by itself, in N iterations (10: on two "
+            "cores some 5 seconds more, more accurate, almost no folds) (%(default)s)",
         )  # fmt: skip
         network.add_argument("--backend", choices=BACKENDS, default="auto", help="(%(default)s)")
         network.add_argument(

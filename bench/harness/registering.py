@@ -1,24 +1,26 @@
 """The package's own commands one after the other, from scans to a table kept as evidence."""
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, Self
 
 from harness.machine import commit, facts
 from harness.record import RESULTS, ROOT
 from ulae_rt import env
 from ulae_rt.batching.results import read_results
-from ulae_rt.errors import UlaeError
+
+# What is so many times the median between two pairs was a pause.
+PAUSE = 5
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Evidence:
         commit, dirty: of the checkout.
         machine: for people.
         ways: by the name that the cases have.
-        seconds: a pair's share of the whole of `batch`, by the same name.
+        seconds: from one pair's end to the next in `batch`, mean, by the same name.
         notes: of each, what else is worth keeping.
     """
 
@@ -97,7 +99,7 @@ def register(ways: Mapping[str, Way], scans: Path, out: Path) -> None:
     Args:
         ways: by the name of the folder in ``out``.
         scans: their folder.
-        out: for the list, the folders, and the seconds that a pair of each took.
+        out: for the list and the folders.
     """
     out.mkdir(parents=True, exist_ok=True)
     pairs = out / "pairs.csv"
@@ -106,11 +108,8 @@ def register(ways: Mapping[str, Way], scans: Path, out: Path) -> None:
     for name, way in ways.items():
         folder = out / name
         begun = ["--resume"] if (folder / "run.json").exists() else []
-        before, start = _done(folder), time.perf_counter()
-        ulae_rt("batch", pairs, "-o", folder, "--outputs", "warp", *way.flags, *begun)
-        elapsed, after = time.perf_counter() - start, _done(folder)
-        if after > before:
-            _write(_seconds(out, name), json.dumps(elapsed / (after - before)))
+        flags = ["--outputs", "warp", "--pictures", "0", *way.flags]
+        ulae_rt("batch", pairs, "-o", folder, *flags, *begun)
 
 
 def measure(
@@ -127,11 +126,7 @@ def measure(
     folders = [f"{name}={out / name}" for name in ways]
     ulae_rt("evaluate", *folders, "-o", report, "--protocol", "oasis", "--overwrite")
     came_from, dirty = commit()
-    seconds = {
-        name: float(file.read_text(encoding="utf-8"))
-        for name in ways
-        if (file := _seconds(out, name)).exists()
-    }
+    seconds = {name: _seconds(out / name) for name in ways}
     evidence = Evidence(
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         came_from,
@@ -150,14 +145,14 @@ def measure(
     return evidence
 
 
-def _seconds(out: Path, name: str) -> Path:
-    return out / f"{name}-seconds.json"
+def _seconds(folder: Path) -> float:
+    """From one pair's end to the next, mean; where a run was stopped and went on, that is left out.
 
-
-def _done(folder: Path) -> int:
-    with contextlib.suppress(UlaeError):  # nothing in it yet
-        return sum(row.status == "done" for row in read_results(folder))
-    return 0
+    While one pair is read, aligned or written, the network may work on another.
+    """
+    ends = sorted(datetime.datetime.fromisoformat(row.finished) for row in read_results(folder))
+    gaps = [(after - before).total_seconds() for before, after in pairwise(ends)]
+    return fmean(gap for gap in gaps if gap <= PAUSE * median(gaps))
 
 
 def _write(path: Path, text: str) -> None:

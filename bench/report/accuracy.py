@@ -31,7 +31,7 @@ def newest(kind: str, folder: Path = RESULTS) -> Path | None:
 
 
 def section(evidence: Path) -> str:
-    """A heading line, the table, and what p is.
+    """The table: means over pairs, and against each baseline the median difference with its p.
 
     Args:
         evidence: its ``.json``, the cases beside it as ``.csv``.
@@ -40,15 +40,14 @@ def section(evidence: Path) -> str:
     with evidence.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
         cases = list(csv.DictReader(file))
     pairs = len({case["id"] for case in cases})
+    changed = ", with files changed" if what.dirty else ""
     head = [
-        f"Dice, {pairs} pairs", *_AREAS, "all 134: mean ± sd (median)",
+        f"Dice, {pairs} pairs, {what.started[:10]}, {what.commit}{changed}", *_AREAS,
+        "all 134: mean ± sd (median)",
         *(f"less {title}, p" for title in _BASELINES.values()), "folded %", "s",
     ]  # fmt: skip
     titles = {_AFFINE: _AFFINE_TITLE, **{name: way.title for name, way in what.ways.items()}}
-    changed = ", with files changed" if what.dirty else ""
     lines = [
-        f"**{what.machine}**, {what.started[:10]}, {what.commit}{changed}:",
-        "",
         _line(head),
         _line(["---"] * len(head)),
         *(_line(_row(name, title, cases, what)) for name, title in titles.items()),
@@ -61,14 +60,13 @@ def _row(name: str, title: str, cases: Sequence[Case], what: Evidence) -> list[s
         return [float(case[column]) for case in cases if case["method"] == name]
 
     dice = of("dice")
-    seconds = what.seconds.get(name)
     return [
         title,
         *(f"{fmean(of(column)):.3f}" for column in _AREAS.values()),
         f"{fmean(dice):.3f} ± {pstdev(dice):.3f} ({median(dice):.3f})",
         *(_against(baseline, name, cases) for baseline in _BASELINES),
         f"{fmean(of('folded_brain_percent')):.3f}",
-        "" if seconds is None else f"{seconds:.3g}",
+        f"{what.seconds[name]:.3g}" if name in what.seconds else "",
     ]
 
 
