@@ -6,7 +6,8 @@ needs ``ULAE_RT_DATA``, and of the package what ``train`` and ``evaluate`` bring
 scans to the template, trains four networks from nothing, each with one thing more than the one
 before, by ``configs/oasis-2mm.toml`` and for the same number of steps, registers the 20 ordered
 pairs of OASIS val by each, and writes ``results/ablation-<date>-<commit>.csv``, ``.md`` and
-``.json``. What was stopped goes on. On two quiet cores it takes an hour.
+``.json``. What was stopped goes on. On two quiet cores it takes an hour and a
+quarter.
 """
 
 import argparse
