@@ -1,12 +1,14 @@
 """The table of accuracy: every method and baseline on the pairs of OASIS val, one command.
 
-    python bench/accuracy.py [--methods NAME[,NAME...]] [--out DIR]
+    python bench/accuracy.py [--methods NAME[,NAME...]] [--earlier RECORD] [--out DIR]
 
 needs ``ULAE_RT_DATA``, and of the package what ``evaluate`` and ``baselines`` bring. It registers
 the 20 ordered pairs by each method that is not done yet (what was stopped goes on), measures all of
 them together, writes ``results/accuracy-<date>-<commit>.csv``, ``.md`` and ``.json``, and from the
 newest of these that has the most methods the README's table. On two quiet cores SyN and greedy take
-30 and 36 minutes, the network 2 and with 200 iterations 22, all of it two hours.
+30 and 36 minutes, the network 2 and with 200 iterations 22, all of it two hours. Where only the
+network changed, ``--methods network,network+10,... --earlier results/accuracy-....json`` takes the
+other rows from that record, and the table says so.
 """
 
 import argparse
@@ -42,6 +44,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--methods", default=",".join(METHODS), help="which ones (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / KIND, metavar="DIR")
+    parser.add_argument(
+        "--earlier", type=Path, metavar="RECORD", help="a .json whose other methods are kept"
+    )
     arguments = parser.parse_args()
     names = arguments.methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:
@@ -49,7 +54,7 @@ def main() -> int:
     out = arguments.out.resolve()
     ways = {name: way for name, way in METHODS.items() if name in names}
     register(ways, data_dir(parser) / "oasis" / "val", out)
-    measure(KIND, ways, out)
+    measure(KIND, ways, out, earlier=arguments.earlier)
     readme.write(ROOT / "README.md")
     return 0
 

@@ -76,6 +76,15 @@ def arranged_for_cpu(*tensors: Tensor) -> bool:
     return traces_for_cpu() or not torch.compiler.is_compiling()
 
 
+def differentiates_on_cpu(*tensors: Tensor) -> bool:
+    """Whether a reference may take an autograd function arranged for torch's CPU operators.
+
+    It has a first derivative only, and would hide its operations from whatever traces them.
+    """
+    here = all(tensor.device.type == "cpu" for tensor in tensors)
+    return here and not torch.compiler.is_compiling()
+
+
 def traces_for_cpu() -> bool:
     """Whether :func:`tracing_for_cpu` is in force."""
     return _tracing_for_cpu.get()

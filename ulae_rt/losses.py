@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ulae_rt.kernels import diffusion, weighted_lncc
 
@@ -90,38 +91,59 @@ def label_dice(labels: Labels, disp: Tensor) -> Tensor:
     Returns:
         A scalar in [0, 1], differentiable by ``disp``.
     """
-    sizes = disp.shape[2:]
     scores = []
     for moving, fixed, field in zip(labels.moving, labels.fixed, disp, strict=True):
-        source, target = moving.flatten().long(), fixed.flatten().long()
-        axes = [torch.arange(n, device=disp.device, dtype=disp.dtype) for n in sizes]
-        at = [
-            u + x.view([-1 if i == axis else 1 for i in range(3)])
-            for axis, (u, x) in enumerate(zip(field, axes, strict=True))
-        ]
-        below = [x.detach().floor() for x in at]
-        carried = disp.new_zeros(labels.number)
-        common = disp.new_zeros(labels.number)
-        for corner in product((0, 1), repeat=3):
-            weight = torch.ones_like(at[0])
-            index = torch.zeros_like(below[0], dtype=torch.long)
-            inside = torch.ones_like(index, dtype=torch.bool)
-            for x, first, step, size in zip(at, below, corner, sizes, strict=True):
-                voxel = first + step
-                weight = weight * (1 - (x - voxel).abs())
-                inside = inside & (voxel >= 0) & (voxel < size)
-                index = index * size + voxel.clamp(0, size - 1).long()
-            label = source[index.flatten()] * inside.flatten()
-            weight = weight.flatten()
-            carried = carried.index_add(0, label, weight)
-            common = common.index_add(0, label, weight * (label == target))
+        source, target = moving[0].long(), fixed[0].long()
+        missed, met = _carried(source, target, field, labels.number)
         present = torch.zeros(2, labels.number, device=disp.device)
         for row, values in zip(present, (source, target), strict=True):
+            values = values.flatten()
             row.index_add_(0, values, torch.ones_like(values, dtype=present.dtype))
         both = (present[:, 1:] > 0).all(dim=0)
-        dice = 2 * common[1:] / (carried[1:] + present[1, 1:]).clamp_min(1e-6)
+        dice = 2 * met[1:] / (missed[1:] + met[1:] + present[1, 1:]).clamp_min(1e-6)
         scores.append((dice * both).sum() / both.sum().clamp_min(1))
     return torch.stack(scores).mean()
+
+
+def _carried(source: Tensor, target: Tensor, disp: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """How much of each label is carried to where another one is, and to where it is itself.
+
+    Args:
+        source: (D, H, W) integers, the moving map.
+        target: the same shape, the fixed one.
+        disp: (3, D, H, W), voxels.
+        number: above the largest of the integers.
+
+    Returns:
+        (number,) twice, of which the background's have no meaning.
+    """
+    # Two layers of background, a cell's two corners, stand for all that is farther out.
+    padded = F.pad(source, [2] * 6)
+    first = torch.zeros_like(target)
+    fractions = []
+    for axis, (u, size, stride) in enumerate(zip(disp, source.shape, padded.stride(), strict=True)):
+        index = torch.arange(size, device=disp.device, dtype=disp.dtype)
+        at = u + index.view([-1 if i == axis else 1 for i in range(3)])
+        below = at.detach().floor()
+        fractions.append((at - below).flatten())
+        first += stride * (below.nan_to_num_(-2).clamp_(-2, size).long() + 2)
+    first, target = first.flatten(), target.flatten()
+    if disp.device.type == "cpu":
+        # Where all corners are background, as in two thirds of a volume, there is nothing to do.
+        # A GPU has done it before the host would know where.
+        labelled = F.max_pool3d((padded > 0).float()[None], 2, stride=1)
+        labelled = F.pad(labelled, [0, 1] * 3).flatten() > 0
+        there = labelled[first].nonzero()[:, 0]
+        first, target, *fractions = (x[there] for x in (first, target, *fractions))
+    source = padded.flatten()
+    found = disp.new_zeros(2 * number)
+    for corner in product((0, 1), repeat=3):
+        offset = sum(k * stride for k, stride in zip(corner, padded.stride(), strict=True))
+        label = source[first + offset]
+        d, h, w = (f if k else 1 - f for f, k in zip(fractions, corner, strict=True))
+        found = found.index_add(0, label + number * (label == target), d * h * w)
+    missed, met = found.split(number)
+    return missed, met
 
 
 def jacobian_determinant(disp: Tensor) -> Tensor:

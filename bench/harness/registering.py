@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -21,6 +21,8 @@ from ulae_rt.batching.results import read_results
 
 # What is so many times the median between two pairs was a pause.
 PAUSE = 5
+# What evaluate calls the affine alone, which no method's own settings change.
+AFFINE = "affine-only"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Evidence:
         ways: by the name that the cases have.
         seconds: from one pair's end to the next in `batch`, mean, by the same name.
         notes: of each, what else is worth keeping.
+        carried: those whose cases and seconds are an earlier record's, by name that one's stem.
     """
 
     started: str
@@ -56,6 +59,7 @@ class Evidence:
     ways: Mapping[str, Way]
     seconds: Mapping[str, float]
     notes: Mapping[str, Mapping[str, Any]]
+    carried: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def stem(self) -> str:
@@ -117,10 +121,18 @@ def measure(
     ways: Mapping[str, Way],
     out: Path,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
+    earlier: Path | None = None,
 ) -> Evidence:
     """Measure what `register` left in ``out`` together, and keep it as ``results/KIND-*``.
 
     A ``.csv`` by pair, the tables as ``.md``, and the rest as ``.json``.
+
+    Args:
+        kind: first part of the files' names.
+        ways: by the name of the folder in ``out``.
+        out: where the folders are.
+        notes: of each way, what else is worth keeping.
+        earlier: a record's ``.json``; what it has and ``ways`` has not is carried over from it.
     """
     report = out / "report"
     folders = [f"{name}={out / name}" for name in ways]
@@ -136,13 +148,47 @@ def measure(
         seconds,
         notes or {},
     )
+    cases = (report / "cases.csv").read_text(encoding="utf-8")
+    if earlier is not None:
+        evidence, cases = _with_earlier(evidence, cases, earlier)
     stem = RESULTS / f"{kind}-{evidence.stem}"
     _write(stem.with_name(f"{stem.name}.json"), evidence.to_json())
-    for file, suffix in (("cases.csv", "csv"), ("table.md", "md")):
-        shutil.copyfile(report / file, stem.with_name(f"{stem.name}.{suffix}"))
+    _write(stem.with_name(f"{stem.name}.csv"), cases)
+    shutil.copyfile(report / "table.md", stem.with_name(f"{stem.name}.md"))
     for suffix in ("json", "csv", "md"):
         print(f"written: {stem}.{suffix}")
     return evidence
+
+
+def _with_earlier(evidence: Evidence, cases: str, earlier: Path) -> tuple[Evidence, str]:
+    """Add the ways of an earlier record that this one lacks, with their cases and seconds.
+
+    Ends the program where the affine alone does not give the same in both: then the pairs, the
+    alignments or the measures are others.
+    """
+    before = Evidence.read(earlier)
+    rows = {
+        "now": cases.splitlines(keepends=True),
+        "before": earlier.with_suffix(".csv").read_text(encoding="utf-8").splitlines(keepends=True),
+    }
+    affine = {name: sorted(_of(lines, AFFINE)) for name, lines in rows.items()}
+    if rows["now"][0] != rows["before"][0] or affine["now"] != affine["before"]:
+        raise SystemExit(
+            f"error: {earlier.name}: its columns, pairs or affine alignments are not those of now\n"
+            "hint: run all methods anew, without --earlier"
+        )
+    carried = [name for name in before.ways if name not in evidence.ways]
+    evidence = replace(
+        evidence,
+        ways={**before.ways, **evidence.ways},
+        seconds={**before.seconds, **evidence.seconds},
+        carried={name: before.carried.get(name, before.stem) for name in carried},
+    )
+    return evidence, cases + "".join(line for name in carried for line in _of(rows["before"], name))
+
+
+def _of(lines: list[str], method: str) -> list[str]:
+    return [line for line in lines if line.startswith(f"{method},")]
 
 
 def _seconds(folder: Path) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, median, pstdev
 
 from harness.record import RESULTS
-from harness.registering import Evidence
+from harness.registering import AFFINE, Evidence
 
 # Heading and column of cases.csv.
 _AREAS = {
@@ -19,7 +19,7 @@ _AREAS = {
     "cingulate": "dice_CL",
 }
 # Beside the methods: what evaluate calls it, and for people.
-_AFFINE, _AFFINE_TITLE = "affine-only", "affine"
+_AFFINE_TITLE = "affine"
 _BASELINES = {"syn": "SyN", "greedy": "greedy"}
 Case = dict[str, str]
 
@@ -46,13 +46,19 @@ def section(evidence: Path) -> str:
         "all 134: mean ± sd (median)",
         *(f"less {title}, p" for title in _BASELINES.values()), "folded %", "s",
     ]  # fmt: skip
-    titles = {_AFFINE: _AFFINE_TITLE, **{name: way.title for name, way in what.ways.items()}}
+    titles = {AFFINE: _AFFINE_TITLE, **{name: _title(name, what) for name in what.ways}}
     lines = [
         _line(head),
         _line(["---"] * len(head)),
         *(_line(_row(name, title, cases, what)) for name, title in titles.items()),
     ]
     return "\n".join(lines)
+
+
+def _title(name: str, what: Evidence) -> str:
+    """With the day and commit of an earlier record, where the row is one's."""
+    earlier = what.carried.get(name)
+    return what.ways[name].title + (f"; {earlier}" if earlier else "")
 
 
 def _row(name: str, title: str, cases: Sequence[Case], what: Evidence) -> list[str]:

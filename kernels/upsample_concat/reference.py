@@ -1,7 +1,10 @@
 """Specification of ``upsample_concat`` in plain torch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ulae_rt.kernels import _launch
@@ -11,8 +14,34 @@ def upsample_concat_reference(x: Tensor, skip: Tensor) -> Tensor:
     """``x`` at twice its size, then ``skip``, along the channels; see the public function."""
     if _launch.arranged_for_cpu(x, skip):
         return _upsample_into_concatenation(x, skip)
+    if _launch.differentiates_on_cpu(x, skip):
+        return _UpsampleConcat.apply(x, skip)  # type: ignore[no-any-return]
     fine = F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False)
     return torch.cat((fine, skip), dim=1)
+
+
+class _UpsampleConcat(torch.autograd.Function):
+    """The arrangement for the CPU, and its transpose.
+
+    torch's backward of the upsampling takes three times as long on channels_last_3d (16 channels
+    to 80x96x80, bf16, two cores: 97 ms).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, skip: Tensor) -> Tensor:
+        ctx.channels = x.shape[1]
+        return _upsample_into_concatenation(x, skip)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        need_x, need_skip = ctx.needs_input_grad
+        by_x = None
+        if need_x:
+            by_x = grad[:, : ctx.channels]
+            for axis in (2, 3, 4):
+                by_x = _upsample_axis_transposed(by_x, axis)
+        return by_x, grad[:, ctx.channels :] if need_skip else None
 
 
 def _upsample_into_concatenation(x: Tensor, skip: Tensor) -> Tensor:
@@ -45,4 +74,18 @@ def _upsample_axis(x: Tensor, axis: int, out: Tensor) -> Tensor:
     torch.lerp(lower, upper, 0.25, out=odd.narrow(axis, 0, size - 1))
     even.select(axis, 0).copy_(x.select(axis, 0))
     odd.select(axis, size - 1).copy_(x.select(axis, size - 1))
+    return out
+
+
+def _upsample_axis_transposed(grad: Tensor, axis: int) -> Tensor:
+    """What :func:`_upsample_axis` made of each voxel, summed with its weights: half the size."""
+    size = grad.shape[axis] // 2
+    even, odd = grad.unflatten(axis, (size, 2)).unbind(axis + 1)
+    out = _features([*even.shape], grad)
+    torch.add(even, odd, out=out).mul_(0.75)
+    out.narrow(axis, 0, size - 1).add_(even.narrow(axis, 1, size - 1), alpha=0.25)
+    out.narrow(axis, 1, size - 1).add_(odd.narrow(axis, 0, size - 1), alpha=0.25)
+    # The face's own voxel stands in for the neighbour that it lacks.
+    out.select(axis, 0).add_(even.select(axis, 0), alpha=0.25)
+    out.select(axis, size - 1).add_(odd.select(axis, size - 1), alpha=0.25)
     return out

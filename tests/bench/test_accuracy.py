@@ -180,6 +180,48 @@ def test_the_table_has_a_row_for_each_method_and_its_paired_tests(
     assert cells["affine"][11] == ""
 
 
+def test_what_did_not_change_is_carried_over_from_an_earlier_record(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: Path
+) -> None:
+    call(monkeypatch, tmp_path, "--methods", "syn,greedy,network")
+    (first,) = results.glob("*.json")
+    before = section(first).splitlines()
+    monkeypatch.setattr(registering, "commit", lambda: ("def", False))
+    out = ("--out", str(tmp_path / "anew"))
+    call(monkeypatch, tmp_path, *out, "--methods", "network,network+10", "--earlier", str(first))
+    assert len([line for line in stage.lines if line[0] == "ulae_rt.batch"]) == 3 + 2
+    (second,) = results.glob("*def.json")
+    evidence = Evidence.read(second)
+    assert list(evidence.ways) == ["syn", "greedy", "network", "network+10"]
+    stem = Evidence.read(first).stem
+    assert evidence.carried == {"syn": stem, "greedy": stem}
+    after = section(second).splitlines()
+    assert after[3] == before[3].replace(" (antspyx 0.5.3) |", f" (antspyx 0.5.3); {stem} |")
+    assert [row for row in after if row.startswith("| network |")] == before[5:6]
+    # Once more: a row's origin is where it was measured.
+    monkeypatch.setattr(registering, "commit", lambda: ("ghi", False))
+    call(monkeypatch, tmp_path, *out, "--methods", "network", "--earlier", str(second))
+    (third,) = results.glob("*ghi.json")
+    carried = {"syn": stem, "greedy": stem, "network+10": evidence.stem}
+    assert Evidence.read(third).carried == carried
+
+
+def test_nothing_is_carried_over_from_other_affine_alignments(
+    stage: Stage,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    results: Path,
+) -> None:
+    call(monkeypatch, tmp_path, "--methods", "syn")
+    (first,) = results.glob("*.json")
+    table = first.with_suffix(".csv")
+    table.write_text(table.read_text().replace("affine-only,p3,", "affine-only,p4,"))
+    monkeypatch.setattr(registering, "commit", lambda: ("def", False))
+    with pytest.raises(SystemExit, match="its columns, pairs or affine alignments are not those"):
+        call(monkeypatch, tmp_path, "--methods", "network", "--earlier", str(first))
+    assert not list(results.glob("*def*"))
+
+
 def test_the_newest_evidence_of_the_most_methods_counts(results: Path) -> None:
     ways = accuracy.METHODS
     full = Evidence("2026-01-01T00:00:00+00:00", "a", False, "Xeon", ways, {}, {})

@@ -35,7 +35,19 @@ def test_against_interpolate() -> None:
     fine = F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False)
     assert_close("interpolate", upsample_concat(x, skip)[:, :3], fine, TOL["op float64"])
     with_gradient = upsample_concat(x.requires_grad_(), skip).detach()[:, :3]
-    assert_equal("with a gradient", with_gradient, fine)
+    assert_close("with a gradient", with_gradient, fine, TOL["op float64"])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 4, 5), (1, 2, 1, 3, 2), (1, 1, 1, 1, 1)], ids=str)
+def test_gradient_against_interpolates(shape: tuple[int, ...]) -> None:
+    x = noise(*shape).requires_grad_()
+    skip = noise(shape[0], 2, *(2 * size for size in shape[2:]), seed=1).requires_grad_()
+    fine = F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False)
+    weight = noise(shape[0], shape[1] + 2, *skip.shape[2:], seed=2)
+    expected = torch.autograd.grad((torch.cat((fine, skip), dim=1) * weight).sum(), (x, skip))
+    found = torch.autograd.grad((upsample_concat(x, skip) * weight).sum(), (x, skip))
+    for name, a, b in zip(("x", "skip"), found, expected, strict=True):
+        assert_close(name, a, b, TOL["op float64"])
 
 
 def test_of_a_constant_is_that_constant() -> None:
