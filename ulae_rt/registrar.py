@@ -168,8 +168,9 @@ class Registrar:
             precision: of the network's features; of an engine's folder, which one. ``auto`` takes
                 fp32 weights, and of a folder the fastest engine.
             affine: how the pair is aligned first; see `register_affine`.
-            refine: iterations by which the network's displacement is then improved for the pair
-                itself, see `ulae_rt.refinement`; on a GPU where there is one and ``device`` allows.
+            refine: iterations by which the displacement is then improved for the pair itself, see
+                `ulae_rt.refinement`; on a GPU where there is one and ``device`` allows. It begins
+                with the mean of what the network says of the pair and of its mirror image.
         """
         if refine < 0:
             raise UsageError(f"refine is {refine}, expected 0 or more iterations", "see -h")
@@ -316,6 +317,10 @@ class Registrar:
         moving = np.stack([pair.image[None] for pair in filled])
         fixed = np.stack([pair.target.image[None] for pair in filled])
         disp = self.network.run(moving, fixed).disp
+        if self.refine:
+            # What it makes of left and right exchanged is as good and errs elsewhere.
+            mirrored = (np.ascontiguousarray(image[:, :, ::-1]) for image in (moving, fixed))
+            disp = (disp + unmirrored(self.network.run(*mirrored).disp)) / 2
         grids = [pair.target.grid.pooled(self._factor()) for pair in pairs]
         for grid in grids:
             if disp.shape[1:] != (3, *grid.shape):
@@ -367,6 +372,16 @@ class Registrar:
                 "train or export it again at 1 or 2 mm",
             )
         return factor
+
+
+def unmirrored(disp: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The displacement of a pair from that of the pair mirrored left to right.
+
+    (B, 3, D, H, W) to the same: index d to D - 1 - d, and what moves along d the other way.
+    """
+    found = disp[:, :, ::-1].copy()
+    found[:, 0] *= -1
+    return found
 
 
 def finish(

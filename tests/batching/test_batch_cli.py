@@ -237,7 +237,7 @@ def test_a_folder_with_results_wants_resume_and_the_same_settings(
 def test_refined_pairs_say_what_it_took(listed, network, tmp_path, capsys):
     (listed.parent / "one.csv").write_text("id,moving,fixed\na,LIA.nii.gz,RAS.nii.gz\n")
     flags = (listed.parent / "one.csv", "--affine", "com")
-    network.shift = (0.7, 0.0, 0.0)
+    network.shift = (0.0, 0.7, 0.0)
     said = {}
     for folder, more in (("alone", ()), ("refined", ("--refine", "5"))):
         assert main(["batch", *map(str, flags), "-o", str(tmp_path / folder), *more]) == 0

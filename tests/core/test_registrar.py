@@ -9,15 +9,17 @@ from _support.brains import GEOMETRIES, save_brain
 from _support.engines import SHAPE as TINY
 from _support.engines import write_engine
 from _support.nets import SHAPE, small_weights
+from _support.networks import FakeNetwork
 from _support.tolerances import TOL
 from ulae_rt import network as network_module
 from ulae_rt.cli import main
 from ulae_rt.engines import Engine, load_engine
 from ulae_rt.errors import BackendUnavailable, DtypeError, EngineMismatch, ShapeError, UsageError
+from ulae_rt.kernels import warp
 from ulae_rt.manifest import EngineMetadata
 from ulae_rt.model import load_model
 from ulae_rt.network import TorchBackend, load_network
-from ulae_rt.registrar import Registrar
+from ulae_rt.registrar import Registrar, unmirrored
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,42 @@ def test_an_engine_for_four_pairs_registers_any_number(tmp_path, pairs):
     for deformation in found:
         np.testing.assert_array_equal(deformation.disp, 0)
         np.testing.assert_array_equal(deformation.affine, prepared.affine)
+
+
+def test_a_refinement_begins_with_the_mean_of_the_pair_and_its_mirror_image(tmp_path):
+    scans = [save_brain(tmp_path / f"{name}.nii.gz", *GEOMETRIES[name]) for name in ("LIA", "LAS")]
+    seen = []
+
+    class Sided(FakeNetwork):
+        """Displacements that depend on the images, and on which side is which."""
+
+        def _displacement(self, moving, fixed):
+            seen.append((moving, fixed))
+            up = np.linspace(0, 1, len(moving), dtype=np.float32)[:, None, None]
+            return np.stack([2 * moving + up, fixed - moving, moving * up])
+
+    network = Sided()
+    alone, refined = (Registrar(network, affine="none", refine=n) for n in (0, 5))
+    (plain,) = alone.deform([pair := refined.prepare(*scans)])
+    (mean,) = refined._run([pair])
+    straight, *both = seen
+    for once, image, mirror in zip(straight, *both, strict=True):
+        np.testing.assert_array_equal(image, once)
+        np.testing.assert_array_equal(mirror, once[::-1])
+    other = network._displacement(*both[1])[:, ::-1] * np.reshape([-1, 1, 1], (3, 1, 1, 1))
+    assert np.abs(plain.disp - mean.disp).max() > 0.1
+    np.testing.assert_allclose(mean.disp, (plain.disp + other) / 2, atol=1e-6)
+
+
+def test_a_mirror_image_moves_as_its_pair_does(weights):
+    moving, fixed = images()
+    mirrored = [np.ascontiguousarray(image[:, :, ::-1]) for image in (moving, fixed)]
+    network = load_network(weights, device="cpu")
+    disp, moved = (getattr(network.run(*mirrored), name) for name in ("disp", "moved"))
+    found = warp(torch.from_numpy(moving), torch.from_numpy(unmirrored(disp)))
+    assert_arrays_close(
+        "moved", found.numpy()[:, :, ::-1], moved, TOL["network float32, one by one"]
+    )
 
 
 def test_a_fixed_scan_made_ready_once_serves_every_moving_one(weights, tmp_path):
