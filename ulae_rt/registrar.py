@@ -320,7 +320,7 @@ class Registrar:
         if self.refine:
             # What it makes of left and right exchanged is as good and errs elsewhere.
             mirrored = (np.ascontiguousarray(image[:, :, ::-1]) for image in (moving, fixed))
-            disp = (disp + unmirrored(self.network.run(*mirrored).disp)) / 2
+            disp = np.float32(0.5) * (disp + unmirrored(self.network.run(*mirrored).disp))
         grids = [pair.target.grid.pooled(self._factor()) for pair in pairs]
         for grid in grids:
             if disp.shape[1:] != (3, *grid.shape):

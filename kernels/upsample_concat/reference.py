@@ -23,8 +23,8 @@ def upsample_concat_reference(x: Tensor, skip: Tensor) -> Tensor:
 class _UpsampleConcat(torch.autograd.Function):
     """The arrangement for the CPU, and its transpose.
 
-    torch's backward of the upsampling takes three times as long on channels_last_3d (16 channels
-    to 80x96x80, bf16, two cores: 97 ms).
+    torch's own takes longer on channels_last_3d, backward on two cores in bf16: 16 channels to
+    80x96x80 127 ms, this one 90; 32 channels to 40x48x40 34 ms, this one 7.
     """
 
     @staticmethod
