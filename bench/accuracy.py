@@ -51,10 +51,13 @@ def main() -> int:
     names = arguments.methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         parser.error(f"no method {unknown[0]}, expected some of {', '.join(METHODS)}")
+    earlier = arguments.earlier
+    if earlier and not all(earlier.with_suffix(f".{kind}").is_file() for kind in ("json", "csv")):
+        parser.error(f"--earlier {earlier}: expected a record's .json with its .csv beside it")
     out = arguments.out.resolve()
     ways = {name: way for name, way in METHODS.items() if name in names}
     register(ways, data_dir(parser) / "oasis" / "val", out)
-    measure(KIND, ways, out, earlier=arguments.earlier)
+    measure(KIND, ways, out, earlier=earlier)
     readme.write(ROOT / "README.md")
     return 0
 

@@ -141,6 +141,20 @@ def test_a_method_that_there_is_not(
     assert not stage.lines
 
 
+def test_an_earlier_record_that_there_is_not_is_refused_before_any_work(
+    stage: Stage,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "alone.json").touch()
+    for name in ("none.json", "alone.json"):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, tmp_path, "--earlier", str(tmp_path / name))
+        assert "expected a record's .json with its .csv beside it" in capsys.readouterr().err
+    assert not stage.lines
+
+
 def test_a_command_that_fails_ends_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: Path
 ) -> None:
