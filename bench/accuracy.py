@@ -5,10 +5,10 @@
 needs ``ULAE_RT_DATA``, and of the package what ``evaluate`` and ``baselines`` bring. It registers
 the 20 ordered pairs by each method that is not done yet (what was stopped goes on), measures all of
 them together, writes ``results/accuracy-<date>-<commit>.csv``, ``.md`` and ``.json``, and from the
-newest of these that has the most methods the README's table. On two quiet cores SyN and greedy take
-30 and 36 minutes, the network 2 and with 200 iterations 22, all of it two hours. Where only the
-network changed, ``--methods network,network+10,... --earlier results/accuracy-....json`` takes the
-other rows from that record, and the table says so.
+newest of these that has the most methods the README's table. On two quiet cores SyN took 16 to 33
+minutes, greedy 25 to 36, the network 2 and with 200 iterations 23, all of it an hour and a half to
+two. Where only the network changed, ``--methods network,network+10,... --earlier
+results/accuracy-....json`` takes the other rows from that record, and the table says so.
 """
 
 import argparse

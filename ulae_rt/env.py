@@ -41,10 +41,10 @@ def with_itk_threads(count: int) -> dict[str, str]:
 def let_torch_threads_sleep() -> None:
     """``OMP_WAIT_POLICY``: torch's threads that wait for one another leave the core to others.
 
-    By default they spin, in the way of those that read and write beside the network. On two cores
-    with the network at 1 mm, a pair took 6.5 s so, and the network waited 4 % of the time; with
-    spinning threads and readers that step back for them 6.4 s and 45 %. It must be said before
-    torch is imported.
+    By default they spin, in the way of what else runs: those that read and write beside the network
+    in ``batch``, and other processes of the machine. Two ``register --refine 10`` side by side on
+    two cores took 41 s so, and 20 s with threads that sleep; one alone takes as long either way. It
+    must be said before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

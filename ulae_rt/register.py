@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ulae_rt.allocator import keep_freed_memory
+from ulae_rt.env import let_torch_threads_sleep
 from ulae_rt.errors import UsageError
 from ulae_rt.imaging.grid import grid_of
 from ulae_rt.imaging.warpfile import WARP_FORMATS, check_one_grid
@@ -61,6 +62,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     output_files(wanted, arguments.warp_format, arguments.overwrite, inputs)
     network = NetworkOptions.of(arguments)
     keep_freed_memory()
+    let_torch_threads_sleep()
 
     with _progress() as step:
         clock = Clock(step)

@@ -35,6 +35,40 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
+# Opening the network ends the command: what it would have found is said.
+SAYS_HOW_THREADS_WAIT = """
+import os, sys
+from ulae_rt import options
+from ulae_rt.cli import main
+from ulae_rt.errors import UsageError
+
+def opened(*_, **__):
+    raise UsageError(f"{os.environ.get('OMP_WAIT_POLICY')}, torch: {'torch' in sys.modules}", "-")
+
+options.Registrar = opened
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")]
+)
+@pytest.mark.parametrize("command", ["register", "batch"])
+def test_threads_that_wait_leave_the_core_to_others(pair, tmp_path, command, given, found):
+    moving, fixed = (str(p) for p in pair)
+    if command == "register":
+        line = ["-m", moving, "-f", fixed, "-o", str(tmp_path / "moved.nii.gz")]
+    else:
+        (tmp_path / "pairs.csv").write_text(f"id,moving,fixed\na,{moving},{fixed}\n")
+        line = [str(tmp_path / "pairs.csv"), "-o", str(tmp_path / "out")]
+    left = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", SAYS_HOW_THREADS_WAIT, command, *line],
+        env=left | given, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"{found}, torch: False" in ran.stderr, ran.stderr
+
+
 def test_everything_is_written_on_the_fixed_grid(pair, tmp_path, network, capsys):
     labels = np.digitize(nib.load(pair[0]).get_fdata(), [1, 60, 90, 120]).astype(np.uint8)
     nib.save(nib.Nifti1Image(labels, nib.load(pair[0]).affine), tmp_path / "seg.nii.gz")
