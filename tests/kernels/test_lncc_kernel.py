@@ -26,6 +26,10 @@ SHAPES = [
     (1, 1, 2, 10, 103),
 ]
 SHAPE_IDS = [f"b{b}-c{c}-{d}x{h}x{w}" for b, c, d, h, w in SHAPES]
+# Of 60 values two equally good ways differ fourfold in their largest error and twofold in the RMS,
+# by the draw and by how a processor's matrix products sum. Of 720 the kernel's were at most 1.03
+# times the reference's in six draws.
+ENOUGH = (1, 1, 8, 9, 10)
 TYPES = {
     "fp32": (torch.float32, torch.float32),
     "fp64": (torch.float64, torch.float64),
@@ -79,7 +83,7 @@ def test_wide_offsets_change_nothing(
 
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
 def test_types(types: tuple[torch.dtype, torch.dtype], triton_device: torch.device) -> None:
-    assert_kernel_as_good("lncc", windowed(3), pair((1, 1, 3, 3, 4), types), triton_device)
+    assert_kernel_as_good("lncc", windowed(3), pair(ENOUGH, types), triton_device)
 
 
 def test_a_brain_like_pair(triton_device: torch.device) -> None:
@@ -109,7 +113,7 @@ def test_only_the_gradient_that_is_needed(
             super().__init__(x, y, maps)
 
     monkeypatch.setattr(kernel, "_Volumes", Spy)
-    inputs = pair((1, 1, 3, 4, 5))
+    inputs = pair(ENOUGH)
     if op == "weighted":
         call: Callable[..., Tensor] = lambda x, y: weighted_lncc(x, y, (3,), (0.5,))[0]  # noqa: E731
         expected = [3 if sum(needs) == 1 else 5]  # in the forward pass, with the value
@@ -150,7 +154,7 @@ def test_weighted_sum(weights: tuple[float, ...], triton_device: torch.device) -
         assert_close("total", total, (factors * means).sum(), TOL["lncc float32"])
         return 3 * total
 
-    inputs = pair((1, 1, 3, 4, 5))
+    inputs = pair(ENOUGH)
     assert_kernel_as_good("weighted", op, inputs, triton_device)
     with implementation("triton"), torch.no_grad():
         x, y = (v.to(triton_device) for v in inputs)
