@@ -26,6 +26,7 @@ LAYERS = {
     "ulae_rt.evaluate": "commands",
     "ulae_rt.evaluation": "evaluation",
     "ulae_rt.export": "export",
+    "ulae_rt.files": "leaves",
     "ulae_rt.imaging": "imaging",
     "ulae_rt.kernels": "kernels",
     "ulae_rt.losses": "training",
@@ -42,6 +43,7 @@ LAYERS = {
     "ulae_rt.registrar": "runtime",
     "ulae_rt.result": "runtime",
     "ulae_rt.samples": "leaves",
+    "ulae_rt.strict_json": "leaves",
     "ulae_rt.train": "commands",
     "ulae_rt.training": "training",
 }
