@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from ulae_rt import __version__
+from ulae_rt import __version__, messages
 from ulae_rt.errors import BatchError, UlaeError, UsageError
 
 # Name -> (module, one-line help). Modules load only when their command runs, so that `--help`
@@ -68,21 +68,47 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
     parser = _Parser(prog=prog or f"python -m ulae_rt.{name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    arguments = parser.parse_args(argv)
-    return _guarded(module.run, arguments)
+    given = list(sys.argv[1:] if argv is None else argv)
+    for number, text in enumerate(given, 1):
+        if not text.strip() or (text.startswith("-") and text.endswith("=")):
+            # An empty path would be the current folder.
+            parser.error(f"argument {number} is empty: is it a variable that is not set?")
+    arguments = parser.parse_args(given)
+    if itk := sys.modules.get("SimpleITK"):  # the command's module has imported it if it needs it
+        messages.redirect_itk(itk)
+    with messages.libraries_redirected():
+        return _guarded(module.run, arguments)
 
 
 def _guarded(
     run: Callable[[argparse.Namespace, Report], dict[str, Any]], arguments: argparse.Namespace
 ) -> int:
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
+    root, warned = logging.getLogger(), messages.Messages()
+    once = {handler: messages.Once() for handler in root.handlers}
+    for handler, shown_once in once.items():
+        handler.addFilter(shown_once)
+    root.addHandler(warned)
+    try:
+        return _run(run, arguments, warned)
+    finally:
+        root.removeHandler(warned)
+        for handler, shown_once in once.items():
+            handler.removeFilter(shown_once)
+
+
+def _run(
+    run: Callable[[argparse.Namespace, Report], dict[str, Any]],
+    arguments: argparse.Namespace,
+    warned: messages.Messages,
+) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # a stopped job unwinds and removes its half files
     report = Report(enabled=not arguments.json)
     try:
         result = run(arguments, report)
     except UlaeError as error:
         if isinstance(error, BatchError) and arguments.json:
-            print(json.dumps(error.result))
+            print(json.dumps({**error.result, "warnings": warned.messages}))
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         if error.hint:
             print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
@@ -94,7 +120,7 @@ def _guarded(
     except BrokenPipeError:
         return 1
     if arguments.json:
-        print(json.dumps(result))
+        print(json.dumps({**result, "warnings": warned.messages}))
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import SimpleITK as sitk
 from tqdm import tqdm
 
 from ulae_rt.errors import ImageError, OutputError, UlaeError, UsageError
@@ -28,7 +29,10 @@ from ulae_rt.imaging.grid import (
     with_background,
     working_grid,
 )
+from ulae_rt.imaging.labelmap import check_labels, refuse_empty
 from ulae_rt.imaging.nifti import SUFFIXES, Outputs, Volume, image_on_grid, read_volume, save_image
+from ulae_rt.imaging.plausible import warn_implausible_affine
+from ulae_rt.messages import about, collected, collecting, libraries_redirected, redirect_itk
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
@@ -250,6 +254,8 @@ def _run_all(
             for job, future in zip(jobs, futures, strict=True):
                 try:
                     done[job.scan.name] = future.result() if future else prepare_scan(job)
+                    for message in done[job.scan.name]["warnings"]:
+                        logger.warning("%s", message)
                 except UlaeError as error:
                     failed[job.scan.name] = str(error)
                     logger.warning("%s left out: %s", job.scan.name, error)
@@ -264,6 +270,13 @@ def _run_all(
 
 def prepare_scan(job: _Job) -> dict[str, Any]:
     """Align, resample once, normalise and write one scan; returns its entry of the manifest."""
+    redirect_itk(sitk)
+    with libraries_redirected(), collecting(), collected() as warnings, about(str(job.scan.image)):
+        entry = _prepare_scan(job)
+    return {**entry, "warnings": warnings}
+
+
+def _prepare_scan(job: _Job) -> dict[str, Any]:
     scan, grid = job.scan, job.grid
     paths = {
         "image": job.folder / f"{scan.name}.nii.gz",
@@ -277,7 +290,10 @@ def prepare_scan(job: _Job) -> dict[str, Any]:
         template = with_background(read_volume(job.template))
         moving = with_background(read_volume(scan.image))
         labels = read_volume(scan.labels, kind="labels") if scan.labels else None
+        if labels is not None:
+            check_labels(labels, moving)
         matrix = register_affine(moving, template, job.affine)
+        warn_implausible_affine(matrix, moving.name, template.name)
         lost = cut_off(moving, grid, np.asarray(np.linalg.inv(matrix)))
         warn_cut_off(lost, moving.name, grid)
         on_grid = Volume(np.zeros(0), grid.affine, template.header, template.name)
@@ -285,6 +301,7 @@ def prepare_scan(job: _Job) -> dict[str, Any]:
         save_image(image_on_grid(data, on_grid, grid.affine), out.temporary(paths["image"]))
         if labels is not None:
             carried = _unsigned(resample(labels, grid, matrix, "nearest"), labels.name)
+            refuse_empty(carried, labels.name)
             image = image_on_grid(carried, on_grid, grid.affine)
             save_image(image, out.temporary(paths["labels"]))
         np.savetxt(

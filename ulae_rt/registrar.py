@@ -26,6 +26,7 @@ from ulae_rt.imaging.grid import (
     with_background,
     working_grid,
 )
+from ulae_rt.imaging.labelmap import check_carried, check_labels
 from ulae_rt.imaging.nifti import (
     Kind,
     PathLike,
@@ -35,9 +36,11 @@ from ulae_rt.imaging.nifti import (
     volume_from_array,
     volume_from_image,
 )
+from ulae_rt.imaging.plausible import warn_implausible_affine, warn_unlike
 from ulae_rt.imaging.similarity import correlation
 from ulae_rt.imaging.transform import Deformation, folding, jacobian_determinant, warp_image
 from ulae_rt.imaging.warpfile import Warp
+from ulae_rt.messages import about
 from ulae_rt.network import Network, load_network
 from ulae_rt.optional import require
 from ulae_rt.result import Result, Stats
@@ -250,13 +253,14 @@ class Registrar:
     def target(self, fixed: Scan) -> _TargetOnGrid:
         """Read a fixed scan and bring it to the network's grid."""
         volume = as_volume(fixed, "fixed")
-        cleaned = with_background(volume)
-        metadata = self.network.metadata
-        factor = self._factor()
-        d, h, w = (n * factor for n in metadata.shape)
-        grid, lost = working_grid(cleaned, (d, h, w))
-        warn_cut_off(lost, volume.name, grid)
-        image = network_input(cleaned, grid, None, metadata.normalisation)
+        with about(volume.name):
+            cleaned = with_background(volume)
+            metadata = self.network.metadata
+            factor = self._factor()
+            d, h, w = (n * factor for n in metadata.shape)
+            grid, lost = working_grid(cleaned, (d, h, w))
+            warn_cut_off(lost, volume.name, grid)
+            image = network_input(cleaned, grid, None, metadata.normalisation)
         detail = image if self.refine else None
         return _TargetOnGrid(volume, cleaned, grid, pool(image, factor), detail)
 
@@ -282,13 +286,16 @@ class Registrar:
             label_volume = None if labels is None else as_volume(labels, "labels", "labels")
             if not isinstance(fixed, _TargetOnGrid):
                 fixed = as_volume(fixed, "fixed")
-        with clock("preprocess"):
+        with clock("preprocess"), about(moving_volume.name):
             target = fixed if isinstance(fixed, _TargetOnGrid) else self.target(fixed)
             warn_same(moving_volume, target.volume)
             cleaned = with_background(moving_volume)
-        with clock("affine"):
+            if label_volume is not None:
+                check_labels(label_volume, cleaned)
+        with clock("affine"), about(moving_volume.name):
             affine = register_affine(cleaned, target.cleaned, self.affine)
-        with clock("preprocess"):
+            warn_implausible_affine(affine, moving_volume.name, target.volume.name)
+        with clock("preprocess"), about(moving_volume.name):
             lost = cut_off(cleaned, target.grid, np.asarray(np.linalg.inv(affine)))
             warn_cut_off(lost, moving_volume.name, target.grid)
             normalisation = self.network.metadata.normalisation
@@ -409,7 +416,7 @@ def finish(
     if refinement is not None and refinement.kept_back:
         logger.warning("refinement: %s", refinement.ended)
     clock = Clock(progress, pair.seconds)
-    with clock("warp"):
+    with clock("warp"), about(pair.moving.name):
         fixed, brain = pair.target.volume, pair.target.brain
         target = grid_of(fixed)
         total = deformation.sample(target)
@@ -417,6 +424,7 @@ def finish(
         moved_labels = None
         if pair.labels is not None:
             carried = warp_image(pair.labels, total, target, "nearest")
+            check_carried(pair.labels.data, carried, pair.labels.name)
             moved_labels = image_on_grid(carried, fixed)
         jacobian = jacobian_determinant(total, fixed.affine)
         before = resample(pair.moving, target, deformation.affine)
@@ -429,6 +437,8 @@ def finish(
             folds.image_percent,
             refinement,
         )
+    after = stats.similarity_after if deformation.disp.any() else None
+    warn_unlike(stats.similarity_before, after, pair.moving.name, fixed.name)
     stats.seconds = clock.seconds
     return Result(
         image_on_grid(moved, fixed),

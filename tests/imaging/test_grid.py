@@ -128,6 +128,7 @@ def test_hounsfield_units_get_a_dark_background():
 
 def test_ringing_below_zero_is_clipped_in_silence(caplog):
     data = np.random.default_rng(0).random((8, 8, 8)).astype(np.float32)
+    data[:2] = 0
     data[0, 0, 0] = -0.01
     assert with_background(volume(data)).data.min() == 0
     assert caplog.text == ""
@@ -146,7 +147,9 @@ def test_one_bright_voxel_does_not_darken_the_brain():
     spiked.data[15, 15, 15] = 5000
     assert intensity_scale(scan) == pytest.approx(100, rel=0.01)
     assert intensity_scale(spiked) == pytest.approx(100, rel=0.01)
-    assert intensity_scale(spiked, "max") == 5000
+    assert intensity_scale(spiked, "max") < 250
+    spiked = replace(spiked, data=np.minimum(spiked.data, 400))
+    assert intensity_scale(spiked, "max") == 400
     with pytest.raises(UsageError, match="normalisation is 'z', expected one of max"):
         intensity_scale(scan, "z")
 

@@ -31,6 +31,7 @@ LAYERS = {
     "ulae_rt.kernels": "kernels",
     "ulae_rt.losses": "training",
     "ulae_rt.manifest": "leaves",
+    "ulae_rt.messages": "leaves",
     "ulae_rt.metrics": "leaves",
     "ulae_rt.model": "model",
     "ulae_rt.network": "runtime",

@@ -13,7 +13,10 @@ from ulae_rt.baselines.process import PackageProcess
 from ulae_rt.errors import UsageError
 from ulae_rt.imaging.affine import AffineMode, register_affine
 from ulae_rt.imaging.grid import grid_of, with_background
+from ulae_rt.imaging.labelmap import check_labels
+from ulae_rt.imaging.plausible import warn_implausible_affine
 from ulae_rt.imaging.transform import Deformation, Displacement
+from ulae_rt.messages import about
 from ulae_rt.optional import require
 from ulae_rt.registrar import Clock, Prepared, Scan, Target, as_volume, warn_same
 
@@ -111,8 +114,11 @@ class Baseline:
         with clock("preprocess"):
             warn_same(volume, fixed.volume)
             cleaned = with_background(volume)
-        with clock("affine"):
+            if label_volume is not None:
+                check_labels(label_volume, cleaned)
+        with clock("affine"), about(volume.name):
             affine = register_affine(cleaned, fixed.cleaned, self.affine)
+            warn_implausible_affine(affine, volume.name, fixed.volume.name)
         return Prepared(volume, fixed, label_volume, affine, clock.seconds)
 
     def deform(self, pairs: Sequence[Prepared]) -> list[Deformation]:

@@ -23,6 +23,7 @@ from ulae_rt.batching.pipeline import Pipeline, Wanted, processors
 from ulae_rt.batching.results import ResultsFolder, Row
 from ulae_rt.env import let_torch_threads_sleep, silence_ray_usage_report
 from ulae_rt.errors import BackendUnavailable, UlaeError, UsageError
+from ulae_rt.messages import redirect_itk
 from ulae_rt.optional import require
 from ulae_rt.registrar import Method
 
@@ -311,6 +312,7 @@ class _Worker:
         keep_freed_memory()
         let_torch_threads_sleep()
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # as `ulae_rt.batch` has it
+        redirect_itk(sitk)
         method = opener.open()
         self._folder = folder.of_worker(f"{socket.gethostname()}-{os.getpid()}")
         self._stop = _FileEvent(folder.stop_file)

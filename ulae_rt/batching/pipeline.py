@@ -1,9 +1,6 @@
 """Reading, preparing, registering and writing many pairs, all at the same time."""
 
-import contextlib
-import contextvars
 import datetime
-import logging
 import os
 import socket
 import threading
@@ -21,6 +18,7 @@ from ulae_rt.batching.results import ResultsFolder, Row
 from ulae_rt.errors import DiskFull, EngineMismatch, UlaeError
 from ulae_rt.imaging.transform import Deformation
 from ulae_rt.imaging.warpfile import WarpFormat
+from ulae_rt.messages import collected, collecting, libraries_redirected
 from ulae_rt.registrar import Clock, Method, PairT, TargetT, finish
 
 # Fixed scans that are kept: that of the pairs in hand, and the next one.
@@ -145,7 +143,11 @@ class Pipeline(Generic[TargetT, PairT]):
         # Enough that the network finds a full batch, and that every worker has something to do.
         ahead = self._batch_size + self._workers
         ran_until: float | None = None
-        with _warnings_diverted(), ThreadPoolExecutor(self._workers, "pair") as pool:
+        with (
+            libraries_redirected(),
+            collecting(),
+            ThreadPoolExecutor(self._workers, "pair") as pool,
+        ):
             try:
                 while True:
                     while len(waiting) < ahead and not stop.is_set():
@@ -203,7 +205,7 @@ class Pipeline(Generic[TargetT, PairT]):
                 yield result
 
     def _prepare(self, pair: Pair) -> _Ready[PairT] | _Failed:
-        with _collected() as warnings:
+        with collected() as warnings:
             try:
                 target, said, seconds = self._targets.get(pair.fixed)
                 prepared = self._method.prepare(pair.moving, target, labels=pair.moving_labels)
@@ -242,7 +244,7 @@ class Pipeline(Generic[TargetT, PairT]):
 
     def _finish(self, ready: _Ready[PairT], deformation: Deformation) -> Row:
         pair = ready.pair
-        with _collected() as warnings:
+        with collected() as warnings:
             try:
                 result = finish(ready.prepared, deformation)
                 clock = Clock(seconds=result.stats.seconds)
@@ -309,7 +311,7 @@ class _Targets(Generic[TargetT]):
         if mine:
             start = time.perf_counter()
             try:
-                with _collected() as warnings:
+                with collected() as warnings:
                     target = self._method.target(path)
                 future.set_result((target, warnings))
             except BaseException as error:
@@ -317,45 +319,6 @@ class _Targets(Generic[TargetT]):
             seconds = time.perf_counter() - start
         target, said = future.result()
         return target, said, seconds
-
-
-_warnings: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
-    "warnings", default=None
-)
-
-
-@contextlib.contextmanager
-def _collected() -> Iterator[list[str]]:
-    """Warnings of the block, in this thread: they belong to a pair, not to the terminal."""
-    found: list[str] = []
-    token = _warnings.set(found)
-    try:
-        yield found
-    finally:
-        _warnings.reset(token)
-
-
-class _Diverting(logging.Handler):
-    """Gives what is logged to whoever collects it; the rest goes on to where it went."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        found = _warnings.get()
-        if found is None:
-            logging.getLogger().handle(record)
-        else:
-            found.append(record.getMessage())
-
-
-@contextlib.contextmanager
-def _warnings_diverted() -> Iterator[None]:
-    package, handler = logging.getLogger("ulae_rt"), _Diverting()
-    package.addHandler(handler)
-    package.propagate = False
-    try:
-        yield
-    finally:
-        package.propagate = True
-        package.removeHandler(handler)
 
 
 def grouped(pairs: Sequence[Pair]) -> list[Pair]:

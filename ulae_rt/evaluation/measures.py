@@ -15,6 +15,7 @@ from ulae_rt.evaluation.protocol import Protocol
 from ulae_rt.evaluation.surface import UNIT, hd95_per_label
 from ulae_rt.imaging.grid import Affine, gap_mm, grid_of, with_background
 from ulae_rt.imaging.inverse import inverse_consistency
+from ulae_rt.imaging.labelmap import check_labels
 from ulae_rt.imaging.nifti import Volume, read_grid, read_volume
 from ulae_rt.imaging.transform import (
     Displacement,
@@ -150,11 +151,14 @@ def evaluate_pair(
 
 def _read(pair: Pair, protocol: Protocol) -> _Scans:
     fixed = read_volume(pair.fixed)
-    brain = np.asarray(with_background(fixed).data > 0)
+    cleaned = with_background(fixed)
+    brain = np.asarray(cleaned.data > 0)
     labels = landmarks = None
     if pair.moving_labels is not None and pair.fixed_labels is not None:
         moving_map, fixed_map = _label_map(pair.moving_labels), _label_map(pair.fixed_labels)
         _check_same_grid(fixed_map, fixed)
+        check_labels(fixed_map, cleaned)
+        check_labels(moving_map, with_background(read_volume(pair.moving)))
         values, places = protocol.indexed(moving_map.data, fixed_map.data)
         there = [frozenset(np.flatnonzero(np.bincount(each.ravel())).tolist()) for each in places]
         shared = there[0] & there[1] - {0}

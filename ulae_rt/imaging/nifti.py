@@ -7,9 +7,10 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import nibabel as nib
 import numpy as np
@@ -36,6 +37,19 @@ MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 _UNREADABLE: tuple[type[Exception], ...] = (
     cast(type[Exception], isal_zlib.IsalError), EOFError, OSError, ValueError,
 )  # fmt: skip
+
+
+class Brightness(NamedTuple):
+    """How bright a brain is: quantiles of the voxels above 0.
+
+    Attributes:
+        p95, p999: the 95th and the 99.9th percentile.
+        maximum: the brightest voxel.
+    """
+
+    p95: float
+    p999: float
+    maximum: float
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,19 @@ class Volume:
         """Distance between voxel centres along each array axis, mm."""
         x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(x), float(y), float(z)
+
+    @cached_property
+    def brightness(self) -> Brightness:
+        """Of its voxels above 0; found when it is first asked for.
+
+        Raises:
+            ImageError: there is none.
+        """
+        brain = self.data[self.data > 0]
+        if brain.size == 0:
+            raise ImageError(f"{self.name} has no voxel above 0", "check how it was masked")
+        places = [int(part * (brain.size - 1)) for part in (0.95, 0.999, 1.0)]
+        return Brightness(*(float(value) for value in np.partition(brain, places)[places]))
 
 
 def read_volume(path: PathLike, *, kind: Kind = "image") -> Volume:
