@@ -71,9 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(USUAL),
         help=f"of every pair, of {', '.join(OUTPUTS)} (the first {len(USUAL)})",
     )  # fmt: skip
-    parser.add_argument(
-        "--warp-format", choices=WARP_FORMATS, default="itk", help="see register -h (%(default)s)"
-    )
+    parser.add_argument("--warp-format", choices=WARP_FORMATS, help="see register -h (itk)")
     parser.add_argument(
         "--pictures", type=_count, default=WORST, metavar="N",
         help="pairs shown on the page, the worst first (%(default)s)",
@@ -106,7 +104,13 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     """Register what is missing, pass over what cannot be, and say how it went."""
     shard = None if arguments.shard is None else Shard.parse(arguments.shard)
     options = _options(arguments)
-    wanted = Wanted(tuple(dict.fromkeys(arguments.outputs)), arguments.warp_format)
+    outputs = tuple(dict.fromkeys(arguments.outputs))
+    if arguments.warp_format and not {"warp", "inverse_warp"} & set(outputs):
+        raise UsageError(
+            f"--warp-format {arguments.warp_format} is given, and no warp is written",
+            "add warp or inverse_warp to --outputs, or leave --warp-format out",
+        )
+    wanted = Wanted(outputs, arguments.warp_format or "itk")
     pairs = read_pairs(arguments.pairs)
     if shard is not None:
         pairs = shard.of(pairs)
@@ -205,6 +209,11 @@ def _options(arguments: argparse.Namespace) -> NetworkOptions | BaselineOptions:
         raise UsageError(
             f"--method {arguments.method} runs no network",
             "leave out --weights, --engine, --backend, --device, --precision and --refine",
+        )
+    if arguments.batch_size is not None:
+        raise UsageError(
+            f"--method {arguments.method} registers one pair after the other",
+            "leave out --batch-size",
         )
     return BaselineOptions(arguments.method, options.affine)
 

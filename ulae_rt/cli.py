@@ -83,24 +83,23 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
 def _guarded(
     run: Callable[[argparse.Namespace, Report], dict[str, Any]], arguments: argparse.Namespace
 ) -> int:
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
-    root, warned = logging.getLogger(), messages.Messages()
-    once = {handler: messages.Once() for handler in root.handlers}
-    for handler, shown_once in once.items():
-        handler.addFilter(shown_once)
-    root.addHandler(warned)
+    shown, kept, log = logging.StreamHandler(sys.stderr), messages.Messages(), logging.getLogger()
+    shown.setLevel(logging.WARNING)
+    shown.setFormatter(logging.Formatter("warning: %(message)s"))
+    shown.addFilter(messages.Once())
+    log.addHandler(shown)
+    log.addHandler(kept)
     try:
-        return _run(run, arguments, warned)
+        return _run(run, arguments, kept)
     finally:
-        root.removeHandler(warned)
-        for handler, shown_once in once.items():
-            handler.removeFilter(shown_once)
+        log.removeHandler(shown)
+        log.removeHandler(kept)
 
 
 def _run(
     run: Callable[[argparse.Namespace, Report], dict[str, Any]],
     arguments: argparse.Namespace,
-    warned: messages.Messages,
+    kept: messages.Messages,
 ) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # a stopped job unwinds and removes its half files
     report = Report(enabled=not arguments.json)
@@ -108,7 +107,7 @@ def _run(
         result = run(arguments, report)
     except UlaeError as error:
         if isinstance(error, BatchError) and arguments.json:
-            print(json.dumps({**error.result, "warnings": warned.messages}))
+            print(json.dumps({**error.result, "warnings": kept.messages}))
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         if error.hint:
             print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
@@ -120,7 +119,7 @@ def _run(
     except BrokenPipeError:
         return 1
     if arguments.json:
-        print(json.dumps({**result, "warnings": warned.messages}))
+        print(json.dumps({**result, "warnings": kept.messages}))
     return 0
 
 

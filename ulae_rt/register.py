@@ -14,7 +14,7 @@ from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.env import let_torch_threads_sleep
 from ulae_rt.errors import UsageError
 from ulae_rt.imaging.grid import grid_of
-from ulae_rt.imaging.warpfile import WARP_FORMATS, check_one_grid
+from ulae_rt.imaging.warpfile import WARP_FORMATS, WarpFormat, check_one_grid
 from ulae_rt.options import NetworkOptions
 from ulae_rt.registrar import Clock, as_volume
 from ulae_rt.result import SIMILARITY, output_files
@@ -40,12 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--labels", type=Path, metavar="SEG", help="label map of MOVING")
     files.add_argument("--moved-labels", type=Path, metavar="OUT", help="SEG aligned (written)")
-    files.add_argument("--jacobian", type=Path, metavar="OUT", help="local volume (written)")
+    files.add_argument(
+        "--jacobian", type=Path, metavar="OUT",
+        help="Jacobian determinant (written), not its logarithm: below 1 where the moving image "
+        "is expanded to fit, above 1 where it is compressed, 0 or less where the warp folds",
+    )  # fmt: skip
     files.add_argument("--qc", type=Path, metavar="PNG", help="picture to judge it by (written)")
     files.add_argument(
-        "--warp-format", choices=WARP_FORMATS, default="itk",
-        help="itk: 5-D LPS mm for ITK, ANTs, Slicer; ras: 4-D RAS mm; voxel: 4-D; l2r: Learn2Reg, "
-        "for images on one grid, .nii.gz or .npz (%(default)s)",
+        "--warp-format", choices=WARP_FORMATS,
+        help="of the warps; itk: 5-D LPS mm for ITK, ANTs, Slicer; ras: 4-D RAS mm; voxel: 4-D; "
+        "l2r: Learn2Reg, for images on one grid, .nii.gz or .npz (itk)",
     )  # fmt: skip
     files.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     NetworkOptions.add_to(parser)
@@ -57,9 +61,15 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         raise UsageError("--labels and --moved-labels must come together", "give both, or neither")
     if arguments.qc is not None and arguments.qc.suffix.lower() != ".png":
         raise UsageError(f"--qc is {arguments.qc}, expected a .png file", "rename it")
+    if arguments.warp_format and arguments.warp is None and arguments.inverse_warp is None:
+        raise UsageError(
+            f"--warp-format {arguments.warp_format} is given, and no warp is written",
+            "give --warp or --inverse-warp too, or leave --warp-format out",
+        )
+    warp_format: WarpFormat = arguments.warp_format or "itk"
     wanted = {n: getattr(arguments, n) for n in OUTPUTS if getattr(arguments, n) is not None}
     inputs = [p for p in (arguments.moving, arguments.fixed, arguments.labels) if p is not None]
-    output_files(wanted, arguments.warp_format, arguments.overwrite, inputs)
+    output_files(wanted, warp_format, arguments.overwrite, inputs)
     network = NetworkOptions.of(arguments)
     keep_freed_memory()
     let_torch_threads_sleep()
@@ -71,7 +81,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
             moving = as_volume(arguments.moving, "moving")
             fixed = as_volume(arguments.fixed, "fixed")
             labels = as_volume(arguments.labels, "labels", "labels") if arguments.labels else None
-            if arguments.warp_format == "l2r" and wanted.keys() & {"warp", "inverse_warp"}:
+            if warp_format == "l2r" and wanted.keys() & {"warp", "inverse_warp"}:
                 check_one_grid(grid_of(fixed), grid_of(moving))
         with clock("load"):
             registrar = network.open()
@@ -87,7 +97,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
                 **wanted,
                 caption=f"{arguments.moving.name} to {arguments.fixed.name}: correlation "
                 f"{before:.3f} to {after:.3f}, {stats.folding_percent:.2f} % of the brain folded",
-                warp_format=arguments.warp_format,
+                warp_format=warp_format,
                 overwrite=arguments.overwrite,
                 inputs=inputs,
             )
@@ -123,7 +133,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         "moving": str(arguments.moving),
         "fixed": str(arguments.fixed),
         "outputs": {name: str(path) for name, path in wanted.items()},
-        "warp_format": arguments.warp_format,
+        "warp_format": warp_format,
         "network": registrar.network.description,
         "affine_mode": arguments.affine,
         "affine": result.affine.tolist(),

@@ -175,8 +175,10 @@ class Registrar:
                 `ulae_rt.refinement`; on a GPU where there is one and ``device`` allows. It begins
                 with the mean of what the network says of the pair and of its mirror image.
         """
-        if refine < 0:
-            raise UsageError(f"refine is {refine}, expected 0 or more iterations", "see -h")
+        if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
+            raise UsageError(
+                f"refine is {refine!r}, expected a whole number of iterations from 0", "see -h"
+            )
         if refine:
             require("torch", "torch")
         if affine not in AFFINE_MODES:
@@ -489,6 +491,12 @@ def as_volume(scan: Scan, name: str, kind: Kind = "image") -> Volume:
                 "give a path, a nibabel image, or (array, affine)",
             )
         return volume_from_array(*scan, name=name, kind=kind)
+    anything: Any = scan
+    if anything is None or isinstance(anything, np.ndarray):
+        raise UsageError(
+            f"{name} is {'nothing' if anything is None else 'an array alone'}, expected a scan",
+            "give a path, a nibabel image, or (array, affine) with the affine to RAS mm",
+        )
     return volume_from_image(scan, name=name, kind=kind)
 
 
