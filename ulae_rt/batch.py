@@ -170,6 +170,8 @@ def _batch(
                 f"refined     local correlation {before:.4f} to {after:.4f} in the mean, "
                 f"{summary['seconds']['refine']:.1f} s a pair"
             )
+        for line in _warned(rows):
+            report(line)
         report(f"results     {folder.results}")
         report(f"summary     {folder.summary}")
         report(f"page        {folder.page}")
@@ -254,6 +256,17 @@ class _Here:
             "network_busy_seconds": self._used.busy,
             "network_idle_seconds": self._used.idle,
         }
+
+
+def _warned(rows: Sequence[Row]) -> Iterator[str]:
+    """The pairs that have warnings, the first few with their words."""
+    warned = [row for row in rows if row.warnings]
+    if not warned:
+        return
+    yield f"warnings    {len(warned)} of {len(rows)} pairs; the page and the results have them all"
+    for row in warned[:SHOWN]:
+        more = f" (and {len(row.warnings) - 1} more)" if len(row.warnings) > 1 else ""
+        yield f"            {row.id}: {row.warnings[0]}{more}"
 
 
 def _judged(summary: dict[str, Any], folder: ResultsFolder) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def test_register_tells_of_labels_that_are_moved(pair, labels, tmp_path, network
     assert told[0] in said.err
 
 
-def test_batch_refuses_and_tells_in_the_row(pair, labels, tmp_path, network):
+def test_batch_refuses_and_tells_in_the_row_and_on_the_terminal(
+    pair, labels, tmp_path, network, capsys
+):
     (tmp_path / "one").mkdir()
     status, row = batch(pair, moved(labels, 400), tmp_path / "one")
     assert status == 1
@@ -77,7 +79,10 @@ def test_batch_refuses_and_tells_in_the_row(pair, labels, tmp_path, network):
     (tmp_path / "two").mkdir()
     status, row = batch(pair, moved(labels, 12), tmp_path / "two")
     assert status == 0
-    assert any("may not belong" in message for message in row["warnings"])
+    told = next(message for message in row["warnings"] if "may not belong" in message)
+    said = capsys.readouterr().out
+    assert "warnings    1 of 1 pairs" in said
+    assert f"            a: {told}" in said
 
 
 def test_the_baselines_do_the_same(pair, labels, tmp_path):

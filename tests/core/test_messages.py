@@ -7,10 +7,12 @@ import sys
 import threading
 import warnings
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from _support.brains import GEOMETRIES, save_brain
 from ulae_rt import cli, messages
 from ulae_rt.errors import BatchError
 from ulae_rt.messages import (
@@ -165,6 +167,26 @@ def test_json_carries_the_warnings_that_are_shown(error, monkeypatch, capsys):
     assert status == (0 if error is None else 1)
     answer = json.loads(capsys.readouterr().out)
     assert answer == {"a": 1, "warnings": ["look at this"]}
+
+
+def test_a_bad_pair_is_refused_without_pages_of_itk(tmp_path):
+    """Two voxels that ITK finds no overlap for: 1,700 lines before there was a door."""
+    shape, affine = GEOMETRIES["RAS"]
+    fixed = save_brain(tmp_path / "fixed.nii.gz", shape, affine)
+    data = np.zeros(shape, np.int16)
+    data[30, 40, 20:22] = (5, 7)
+    nib.save(nib.Nifti1Image(data, affine), tmp_path / "moving.nii.gz")
+    files = ["-m", str(tmp_path / "moving.nii.gz"), "-f", str(fixed)]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "ulae_rt", "register", *files, "-o", "moved.nii.gz"],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) < 8, done.stderr
+    assert lines[-2].startswith("error: affine alignment of ")
+    assert not [line for line in lines if ".h" in line.split() or "0x" in line]
+    assert all(line.startswith(("warning: ", "error: ", "hint: ")) for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -334,7 +334,7 @@ def test_choices_that_make_no_sense(tmp_path):
         load_network("w.safetensors", backend="onnxruntime")
     with pytest.raises(UsageError, match="affine is 'rigid'"):
         Registrar(FakeNetwork(), affine="rigid")
-    with pytest.raises(UsageError, match="refine is -1, expected 0 or more"):
+    with pytest.raises(UsageError, match="refine is -1, expected a whole number"):
         Registrar(FakeNetwork(), refine=-1)
 
 
@@ -410,3 +410,45 @@ def test_without_torch_weights_are_refused_with_what_to_install(pair, tmp_path):
         "hint: pip install 'ulae-rt[torch]'",
     ]
     assert not (tmp_path / "moved.nii.gz").exists()
+
+
+def test_help_says_which_way_the_jacobian_points(capsys):
+    with pytest.raises(SystemExit):
+        main(["register", "-h"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "below 1 where the moving image is expanded" in said
+    assert "not its logarithm" in said
+
+
+def test_a_jacobian_below_one_is_a_moving_image_that_is_expanded(tmp_path, network):
+    """As the help says: a brain of 0.8 times the size fills the fixed one."""
+    fixed = save_brain(tmp_path / "f.nii.gz", *GEOMETRIES["RAS"])
+    small = nib.affines.from_matvec(np.eye(3) / 0.8)
+    moving = save_brain(tmp_path / "m.nii.gz", *grid_affine((60, 76, 56)), pull=small)
+    network.shift = (0, 0, 0)
+    result = Registrar(network, affine="affine")(moving, fixed)
+    assert np.median(result.jacobian) == pytest.approx(0.8**3, rel=0.1)
+
+
+@pytest.mark.parametrize("command", ["register", "batch"])
+def test_a_warp_format_without_a_warp_is_refused(pair, tmp_path, network, command, capsys):
+    if command == "register":
+        status = register(pair, tmp_path, "--warp-format", "ras")
+    else:
+        (tmp_path / "pairs.csv").write_text(f"id,moving,fixed\na,{pair[0]},{pair[1]}\n")
+        line = ["batch", str(tmp_path / "pairs.csv"), "-o", str(tmp_path / "out")]
+        status = main([*line, "--outputs", "moved", "--warp-format", "ras"])
+    assert status == 2
+    assert "--warp-format ras is given, and no warp is written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("refine", [2.5, "10", None, True, -1])
+def test_a_number_of_iterations_that_is_none_is_refused(refine, network):
+    with pytest.raises(UsageError, match="expected a whole number of iterations"):
+        Registrar(network, refine=refine)
+
+
+@pytest.mark.parametrize("scan", [None, np.zeros((3, 3, 3))])
+def test_what_is_no_scan_is_refused(scan, pair, network):
+    with pytest.raises(UsageError, match="expected a scan"):
+        Registrar(network)(scan, pair[1])
