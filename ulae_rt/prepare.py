@@ -31,7 +31,8 @@ from ulae_rt.imaging.grid import (
 )
 from ulae_rt.imaging.labelmap import check_labels, refuse_empty
 from ulae_rt.imaging.nifti import SUFFIXES, Outputs, Volume, image_on_grid, read_volume, save_image
-from ulae_rt.imaging.plausible import warn_implausible_affine
+from ulae_rt.imaging.plausible import warn_implausible_affine, warn_unlike
+from ulae_rt.imaging.similarity import correlation
 from ulae_rt.messages import about, collected, collecting, libraries_redirected, redirect_itk
 
 if TYPE_CHECKING:
@@ -298,6 +299,10 @@ def _prepare_scan(job: _Job) -> dict[str, Any]:
         warn_cut_off(lost, moving.name, grid)
         on_grid = Volume(np.zeros(0), grid.affine, template.header, template.name)
         data = network_input(moving, grid, matrix, NORMALISATION)
+        expected = network_input(template, grid, None, NORMALISATION)
+        brain = expected > 0
+        alike = correlation(expected[brain], data[brain])
+        warn_unlike(alike, None, moving.name, template.name)
         save_image(image_on_grid(data, on_grid, grid.affine), out.temporary(paths["image"]))
         if labels is not None:
             carried = _unsigned(resample(labels, grid, matrix, "nearest"), labels.name)
@@ -318,6 +323,7 @@ def _prepare_scan(job: _Job) -> dict[str, Any]:
         "labels": paths["labels"].name if scan.labels else None,
         "affine": matrix.tolist(),
         "cut_off_percent": round(100 * lost, 4),
+        "similarity": round(alike, 4),
     }
 
 

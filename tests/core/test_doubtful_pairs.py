@@ -142,3 +142,20 @@ def test_json_of_register_and_rows_of_batch_carry_the_warnings(val, data_dir, tm
     assert main([*batch, "--outputs", "warp"]) == 0
     row = json.loads((out / "results.jsonl").read_text())
     assert sorted(row["warnings"]) == sorted(told)
+
+
+def test_prepare_tells_of_a_scan_that_lies_the_wrong_way_up(samples, tmp_path):
+    moving, template = samples
+    scans, spacing = tmp_path / "scans", np.diag([2.0, 2.0, 2.0, 1.0])
+    scans.mkdir()
+    for name, signs in (("right", (1, 1, 1)), ("turned", (1, -1, -1))):
+        scan = nib.load(moving)
+        data = np.asarray(scan.dataobj)[::2, ::2, ::2]
+        affine = np.diag([*signs, 1.0]) @ scan.affine @ spacing
+        nib.save(nib.Nifti1Image(data, affine), scans / f"{name}.nii.gz")
+    command = ["prepare", str(scans), "-o", str(tmp_path / "out"), "--template", str(template)]
+    assert main(command) == 0
+    entries = json.loads((tmp_path / "out" / "prepared.json").read_text())["scans"]
+    assert entries["right"]["warnings"] == []
+    assert entries["right"]["similarity"] > 0.5
+    assert any("have a similarity of only" in text for text in entries["turned"]["warnings"])
