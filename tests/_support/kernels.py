@@ -27,6 +27,16 @@ def implementation(choice: str) -> Iterator[None]:
             os.environ["ULAE_RT_KERNELS"] = before
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """The same bits every time; the default, whose atomics arrive in any order, on the way out."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def run(
     op: Op,
     inputs: Sequence[Tensor],

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from _support.kernels import implementation
+from _support.kernels import deterministic, implementation
 from _support.nets import small_net
 from _support.ops import (
     OPS,
@@ -52,16 +52,6 @@ ANOTHER_ORDER = 2e-5
 
 gpu = pytest.mark.gpu
 every_op = pytest.mark.parametrize("name", OPS)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """The same bits every time; the default, whose atomics arrive in any order, on the way out."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager
@@ -99,7 +89,7 @@ def need_memory(gigabytes: float) -> None:
 
 
 def check_against_float64(case: OpCase, sizes: Sizes, device: torch.device) -> None:
-    """RMS errors at most those of the reference in float32; its largest at most twice as large.
+    """RMS errors at most 1.1 times the reference's in float32; the largest at most 2.2 times.
 
     Beside that one rounding of the largest value, where the reference happens to be exact.
     Rounding alone puts points beside a kink on either side of it: there the two may draw worse.
@@ -110,7 +100,8 @@ def check_against_float64(case: OpCase, sizes: Sizes, device: torch.device) -> N
         eager = forward_backward(case.call, inputs, cotangents(truth_like(truth, case, inputs)))
     with implementation("triton"):
         found = forward_backward(case.call, inputs, cotangents(truth_like(truth, case, inputs)))
-    worse = 1.5 if case.kinked else 1.0
+    # Two correct float32 sums in another order draw RMS errors that differ by a few percent.
+    worse = 1.5 if case.kinked else 1.1
     for index, (actual, plain, expected) in enumerate(zip(found, eager, truth, strict=True)):
         assert (actual.dtype, actual.shape) == (plain.dtype, plain.shape)
         assert actual.isfinite().all()

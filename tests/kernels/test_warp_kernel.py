@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from _support.kernels import assert_kernel_as_good, implementation, run
+from _support.kernels import assert_kernel_as_good, deterministic, implementation, run
 from _support.tolerances import assert_equal
 from _support.volumes import noise, off_lattice_displacement, smooth_displacement, smooth_image
 from ulae_rt.errors import BackendUnavailable
@@ -232,7 +232,8 @@ def test_opcheck(factor: int, triton_device: torch.device) -> None:
 
 def test_compile_and_export(triton_device: torch.device) -> None:
     image, disp = (x.to(triton_device) for x in pair((1, 1, 3, 4, 5), TYPES["fp32"]))
-    with implementation("triton"):
+    # By default gradients are added up by atomics, on a GPU in any order.
+    with implementation("triton"), deterministic():
         expected = run(warp, (image, disp), choice="triton", device=triton_device)
         compiled = torch.compile(warp, fullgraph=True, backend="aot_eager")
         actual = run(compiled, (image, disp), choice="triton", device=triton_device)
