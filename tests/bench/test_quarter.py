@@ -1,0 +1,153 @@
+"""The quarter of an hour: evidence survives whatever happens, and stages end in their time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import quarter
+
+from _support.project import ROOT
+from harness.evidence import FILE, Evidence, rows
+
+STAGES = """
+import sys, time
+from pathlib import Path
+from harness.evidence import Evidence
+name, folder = sys.argv[1], Path(sys.argv[2])
+evidence = Evidence(folder, name)
+evidence.add("first", number=1)
+if name == "facts":
+    raise SystemExit(3)
+if name == "ops":
+    print("it hangs", flush=True)
+    time.sleep(600)
+evidence.add("last", number=2)
+"""
+
+
+def test_a_row_is_on_the_disk_when_it_is_added(tmp_path: Path) -> None:
+    Evidence(tmp_path / "made", "ops").add("warp", error=1e-7, where=Path("x"))
+    (row,) = rows(tmp_path / "made")
+    assert (row["stage"], row["what"], row["error"], row["where"]) == ("ops", "warp", 1e-7, "x")
+    assert rows(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 3))
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path, cut: int) -> None:
+    evidence = Evidence(tmp_path, "ops")
+    evidence.add("one")
+    evidence.add("two")
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[:-cut])
+    evidence.add("three")
+    names = [row["what"] for row in rows(tmp_path)]
+    assert names in (["one", "three"], ["one", "two", "three"])
+
+
+@pytest.fixture
+def fake_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "bench"
+    place.mkdir()
+    (place / "stages.py").write_text(STAGES)
+    monkeypatch.setattr(quarter, "__file__", str(place / "quarter.py"))
+    monkeypatch.setattr(quarter, "GRACE_SECONDS", 1)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "bench"))
+    return tmp_path / "out"
+
+
+def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(
+    fake_stages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarter, "REHEARSAL_SECONDS", 3)
+    monkeypatch.setattr(
+        sys, "argv", ["quarter.py", "--out", str(fake_stages), "--small", "--call", "1"]
+    )
+    assert quarter.main() == 0
+    ends = {row["stage"]: row["how"] for row in rows(fake_stages) if row["what"] == "stage"}
+    assert ends["facts"] == "failed, status 3"
+    assert ends["ops"] == "out of time"
+    assert ends["tests"] == ends["counters"] == "done"
+    assert "it hangs" in (fake_stages / quarter.LOG).read_text()
+    last = [row["stage"] for row in rows(fake_stages) if row["what"] == "last"]
+    assert last == ["tests", "network", "goals", "training", "counters"]
+
+
+KILLED = """
+import sys
+import quarter
+quarter.__file__ = {file!r}
+sys.argv = ["quarter.py", "--out", {out!r}, "--small"]
+sys.exit(quarter.main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_killing_it_leaves_what_was_known(fake_stages: Path, number: int) -> None:
+    code = KILLED.format(file=quarter.__file__, out=str(fake_stages))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "bench")},
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not any(row["stage"] == "ops" and row["what"] == "first" for row in rows(fake_stages)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.wait(30)
+    known = [(row["stage"], row["what"]) for row in rows(fake_stages)]
+    assert ("facts", "first") in known
+    assert ("ops", "first") in known
+    for line in (fake_stages / FILE).read_text().splitlines():
+        json.loads(line)
+    assert process.returncode != 0
+    left = subprocess.run(["pkill", "-f", str(fake_stages)], check=False).returncode == 0
+    assert left == (number == signal.SIGKILL)  # otherwise the stage went with it
+
+
+# What the borrowed machine does not have.
+BLOCKED = ("nibabel", "SimpleITK", "pydantic", "isal", "tensorrt", "tensorrt_rtx", "onnxruntime",
+           "monai", "voxelmorph", "ants", "picsl_greedy")  # fmt: skip
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_stage_without_what_is_missing_there(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(BLOCKER.format(blocked=BLOCKED)))
+    place = f"{tmp_path}:{ROOT / 'bench'}:{ROOT / 'tests'}"
+    out = tmp_path / "out"
+    started = time.monotonic()
+    subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "quarter.py"), "--out", str(out), "--small"],
+        env={**os.environ, "PYTHONPATH": place}, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    known = rows(out)
+    ends = [(row["stage"], row["how"]) for row in known if row["what"] == "stage"]
+    log = (out / quarter.LOG).read_text()
+    assert ends == [(stage.name, "done") for stage in quarter.STAGES], log[-3000:]
+    assert time.monotonic() - started < 600
+    assert not [row for row in known if row["what"] == "failed" or "failed" in row]
+    facts = {row["what"]: row for row in known if row["stage"] == "facts"}
+    assert facts["copy"]["bytes_per_second"] > 0
+    assert {row["what"] for row in known if row["stage"] == "ops"} >= {"warp", "compose", "stage"}
+    assert any(row["what"] == "folded, fp32" for row in known)
+    assert any(row["what"].startswith("convolution") for row in known)
+    timed = [row for row in known if row["stage"] in ("goals", "training") and "contender" in row]
+    assert {row["status"] for row in timed if row["contender"].startswith("ulae_rt")} <= {
+        "timed", "left out",
+    }  # fmt: skip
+    (tests,) = (row for row in known if row["what"] == "tests" and row["stage"] == "tests")
+    assert tests["passed"] > 10
+    assert "failed" not in tests
