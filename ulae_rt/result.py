@@ -15,8 +15,9 @@ from ulae_rt.errors import UsageError
 from ulae_rt.imaging.grid import Affine, grid_of
 from ulae_rt.imaging.inverse import InverseConsistency, inverse_consistency, invert
 from ulae_rt.imaging.nifti import Outputs, PathLike, Volume, image_on_grid, save_image
-from ulae_rt.imaging.transform import Deformation, Refinement
+from ulae_rt.imaging.transform import Deformation
 from ulae_rt.imaging.warpfile import Warp, WarpFormat, warp_suffixes, write_warp
+from ulae_rt.reports import Refinement
 
 SIMILARITY = "Pearson correlation inside the fixed brain"
 

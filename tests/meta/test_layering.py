@@ -42,6 +42,7 @@ LAYERS = {
     "ulae_rt.refinement": "refinement",
     "ulae_rt.register": "commands",
     "ulae_rt.registrar": "runtime",
+    "ulae_rt.reports": "leaves",
     "ulae_rt.result": "runtime",
     "ulae_rt.samples": "leaves",
     "ulae_rt.strict_json": "leaves",

@@ -41,7 +41,7 @@ class Row:
             inverse was wanted.
         affine: (4, 4), fixed RAS mm to moving RAS mm.
         lncc_network, lncc_refined: local correlation before and after the refinement, where there
-            was one; see `ulae_rt.imaging.transform.Refinement`.
+            was one; see `ulae_rt.reports.Refinement`.
         warnings: what was worth saying about its files.
         error, hint: why it failed and what to do.
         traceback: where, if it was no fault of the files'.

@@ -18,6 +18,7 @@ from ulae_rt.imaging.grid import (
     to_sitk,
 )
 from ulae_rt.imaging.nifti import Volume
+from ulae_rt.reports import Refinement
 
 Displacement = NDArray[np.float32]
 
@@ -28,27 +29,6 @@ LPS_SIGNS = np.array([-1, -1, 1], np.float32)
 ALIGNED = 1e-3
 # Planes at a time, so that nine derivatives of the whole field are never held at once.
 SLAB = 16
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """How a network's displacement was improved for its own pair.
-
-    Attributes:
-        iterations: done.
-        lncc_before, lncc_after: local correlation of the fixed and the moved image on the finest
-            grid that was reached; 0 where there is none.
-        ended: why there are no more iterations.
-        seconds: wall-clock time.
-        kept_back: whether ``ended`` is for the user to know: less was done than was asked for.
-    """
-
-    iterations: int
-    lncc_before: float
-    lncc_after: float
-    ended: str
-    seconds: float
-    kept_back: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from ulae_rt.displacement import pool_displacement, upsample_displacement
 from ulae_rt.errors import ShapeError
-from ulae_rt.imaging.transform import Refinement
 from ulae_rt.kernels.compose.op import compose
-from ulae_rt.kernels.lncc.op import lncc
+from ulae_rt.kernels.lncc.op import lncc, weighted_lncc
 from ulae_rt.kernels.warp.op import warp
 from ulae_rt.refinement.schedule import Level
 from ulae_rt.refinement.smoothing import Gaussian
+from ulae_rt.reports import Refinement
 
 _Box = tuple[slice, slice, slice]
 
@@ -175,7 +175,8 @@ class _Climb:
         with torch.no_grad():
             moved = warp(self._moving, self.disp)
         moved.requires_grad_()
-        similarity = lncc(moved, self._fixed, level.window)
+        # On a GPU its value and its slope come from one pass over the volume.
+        similarity, _ = weighted_lncc(moved, self._fixed, (level.window,), (1.0,))
         (slope,) = torch.autograd.grad(similarity, moved)
         with torch.no_grad():
             # In means over all voxels a voxel's slope is tiny; Adam's squares of it would be lost.
