@@ -6,7 +6,7 @@ from ulae_rt.strict_csv import csv_rows, decode_text, separator
 
 
 def test_rows_with_their_lines():
-    text = 'a, "b, c" ,d\r\n\r\n , ,\r\n"e ""f""",g,\r\n'
+    text = 'a, "b, c", d\r\n\r\n , ,\r\n"e ""f""",g,\r\n'
     assert list(csv_rows(text)) == [(1, ["a", "b, c", "d"]), (4, ['e "f"', "g", ""])]
 
 
