@@ -95,9 +95,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
                 "leave --warp-format out",
             )
         steps = [
-            step
-            for text in arguments.transform
-            for step in read_transform(text, reference, fmt)
+            step for text in arguments.transform for step in read_transform(text, reference, fmt)
         ]
         disp = chain_displacement(steps, grid, reference.name)
         for image, place in tqdm(

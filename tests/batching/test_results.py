@@ -225,7 +225,9 @@ def test_json_that_is_doubtful_is_no_row(tmp_path, text, reason):
         read_results(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"affine": NaN}', '{"a": 1, "a": 2}', "[]", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"affine": NaN}', '{"a": 1, "a": 2}', "[]", "\xff"]
+)
 def test_settings_that_are_doubtful_are_damaged(tmp_path, text):
     (tmp_path / "run.json").write_text(text, encoding="latin-1")
     with pytest.raises(PairsError, match=r"run\.json is damaged"):
@@ -241,7 +243,9 @@ def test_a_figure_that_is_not_finite_can_be_read_again():
 def test_results_of_two_runs_are_not_one(tmp_path):
     for count in (2, 3):
         (tmp_path / f"results-1-of-{count}.jsonl").write_text(FULL.to_json() + "\n")
-    with pytest.raises(PairsError, match=r"results of two runs: results-1-of-2\.jsonl and") as caught:
+    with pytest.raises(
+        PairsError, match=r"results of two runs: results-1-of-2\.jsonl and"
+    ) as caught:
         read_results(tmp_path)
     assert "into a folder of their own" in caught.value.hint
     (tmp_path / "own").mkdir()

@@ -22,8 +22,9 @@ def test_a_second_run_is_told_and_one_after_a_kill_is_not(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "made")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(OutputError, match="another run is writing to"), locked_run(
-            tmp_path / "made"
+        with (
+            pytest.raises(OutputError, match="another run is writing to"),
+            locked_run(tmp_path / "made"),
         ):
             pass
         other.kill()
@@ -33,7 +34,8 @@ def test_a_second_run_is_told_and_one_after_a_kill_is_not(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="file cannot be written to: "), locked_run(
-        tmp_path / "file"
+    with (
+        pytest.raises(OutputError, match="file cannot be written to: "),
+        locked_run(tmp_path / "file"),
     ):
         pass

@@ -76,10 +76,18 @@ def test_every_format_gives_ras_mm(tmp_path, name, text):
         ("a.mrk.json", markups("RAS", True, 2), "the landmark 'A' lies at"),
         ("a.mrk.json", markups(0, 1, 2), "its coordinate system is 0, expected RAS or LPS"),
         ("a.mrk.json", markups("RAS", 1, 2).replace("[1, 2, 3.0]", "[1, 2]"), "2 coordinates"),
-        ("a.mrk.json", markups("RAS", 1, 2).replace('"markups": [{', '"markups": [{"coordinateUnits'
-         '": "um", '), "its unit is 'um', expected mm"),
-        ("a.mrk.json", markups("RAS", 1, 2).replace('"label": "A",', '"label": "A", "positionStatus'
-         '": "undefined",'), "the landmark 'A' is not placed yet"),
+        (
+            "a.mrk.json",
+            markups("RAS", 1, 2).replace('"markups": [{', '"markups": [{"coordinateUnits": "um", '),
+            "its unit is 'um', expected mm",
+        ),
+        (
+            "a.mrk.json",
+            markups("RAS", 1, 2).replace(
+                '"label": "A",', '"label": "A", "positionStatus": "undefined",'
+            ),
+            "the landmark 'A' is not placed yet",
+        ),
         ("a.mrk.json", '{"marks": []}', "is no file of landmarks: no 'markups'"),
         ("a.csv", "id,x,y,z\nA,1,2,nan\n", "'A' lies at"),
         ("a.csv", "id,x,y,z\n ,1,2,3\n", "the landmark '' lies at"),

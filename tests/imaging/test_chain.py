@@ -100,7 +100,9 @@ def of_kind(kind, random):
         "versor": lambda: sitk.VersorTransform(*rotation, centre),
         "rigid": lambda: sitk.VersorRigid3DTransform(*rotation, shift, centre),
         "scale versor": lambda: sitk.ScaleVersor3DTransform(scale, *rotation, shift, centre),
-        "scale skew": lambda: sitk.ScaleSkewVersor3DTransform(scale, skew, *rotation, shift, centre),
+        "scale skew": lambda: sitk.ScaleSkewVersor3DTransform(
+            scale, skew, *rotation, shift, centre
+        ),
         "compose": lambda: sitk.ComposeScaleSkewVersor3DTransform(
             scale, skew[:3], *rotation, shift, centre
         ),
@@ -297,9 +299,7 @@ def test_several_transforms_in_a_file_are_refused_and_the_hint_works(
     with pytest.raises(ImageError, match=f"holds {count} transforms, expected one") as caught:
         read_transform(str(path), REFERENCE)
     assert capfd.readouterr().err == ""
-    assert caught.value.hint == (
-        "write each into a file of its own, and name them with a -t each"
-    )
+    assert caught.value.hint == ("write each into a file of its own, and name them with a -t each")
     steps = []
     for number, part in enumerate(parts):
         own = save_text(tmp_path / f"{number}.txt", text(*part))

@@ -110,7 +110,9 @@ INTERESTING = st.sampled_from([0, 1, 16, 63, 64, 67, 96, 127, 128, 176, 191, 192
 
 
 @quick
-@given(st.booleans(), st.booleans(), st.lists(st.tuples(st.integers(0, 99), INTERESTING), max_size=3))
+@given(
+    st.booleans(), st.booleans(), st.lists(st.tuples(st.integers(0, 99), INTERESTING), max_size=3)
+)
 @example(False, False, [(22, 0), (23, 0)])  # the voxels begin at byte 0
 @example(False, True, [(22, 0), (23, 0)])
 def test_other_bytes_are_never_taken_for_the_voxels(tmp_path, caplog, packed, second, changes):

@@ -194,11 +194,19 @@ def test_hints_of_lists_of_scans_work(tmp_path):
     touch(tmp_path, "a,b.nii", "s.nii", "b.nii")
     right = [("x", "a,b.nii", tmp_path / "s.nii")]
     for wrong, hint, mended in (
-        ("a,b.nii,s.nii\n", "quote paths with a comma in them", 'id,image,labels\nx,"a,b.nii",s.nii'),
+        (
+            "a,b.nii,s.nii\n",
+            "quote paths with a comma in them",
+            'id,image,labels\nx,"a,b.nii",s.nii',
+        ),
         ("id;image\n", "with commas", 'id, image, labels\nx, "a,b.nii", s.nii'),
         ("id,image,label\n", "write it labels, or rename it", 'id,image,labels\nx,"a,b.nii",s.nii'),
         ("id,image\n/x,b.nii\n", "an id has up to 200", 'id,image,labels\nx,"a,b.nii",s.nii'),
-        ("b.nii\n./b.nii\n", "with the columns id,image,labels", 'id,image,labels\nx,"a,b.nii",s.nii'),
+        (
+            "b.nii\n./b.nii\n",
+            "with the columns id,image,labels",
+            'id,image,labels\nx,"a,b.nii",s.nii',
+        ),
     ):
         (tmp_path / "list.csv").write_text(wrong)
         with pytest.raises(UsageError) as caught:

@@ -346,7 +346,12 @@ NAN = np.full((*SMALL, 1, 3), np.nan, np.float32)
         (FIELD[..., 0], {}, None, "expected XxYxZx1x3 or XxYxZx3"),
         (np.zeros((*SMALL, 20), np.float32), {}, None, "expected XxYxZx1x3 or XxYxZx3"),
         (FIELD[:, :, :, None], {}, None, "intent 0, expected 1007"),
-        (FIELD[:, :, :, None], {"intent": 1006}, None, "intent 1006, which ITK reads with x and y flipped, expected"),
+        (
+            FIELD[:, :, :, None],
+            {"intent": 1006},
+            None,
+            "intent 1006, which ITK reads with x and y flipped, expected",
+        ),
         (NAN, {"intent": 1007}, None, "NaN or Inf displacements"),
         (absolute("ras")[:, :, :, None], {"intent": 1007}, None, "holds positions, as SPM"),
         (absolute("lps")[:, :, :, None], {"intent": 1007}, None, "holds positions, as SPM"),

@@ -129,7 +129,9 @@ def _is_matrix(value: Any) -> bool:
     rows = value if isinstance(value, list) else []
     return value is None or (
         len(rows) == 4
-        and all(isinstance(row, list) and len(row) == 4 and all(map(_is_number, row)) for row in rows)
+        and all(
+            isinstance(row, list) and len(row) == 4 and all(map(_is_number, row)) for row in rows
+        )
     )
 
 

@@ -111,7 +111,9 @@ def _of_fcsv(text: str) -> _Rows:
     # The lines keep their numbers.
     table = "\n".join("" if line.startswith("#") else line for line in lines)
     label = "label" if "label" in columns else "id"
-    return [(name, list(signs * np.array(at))) for name, at in _points(columns, csv_rows(table), label)]
+    return [
+        (name, list(signs * np.array(at))) for name, at in _points(columns, csv_rows(table), label)
+    ]
 
 
 def _of_markups(text: str) -> _Rows:

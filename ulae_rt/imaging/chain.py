@@ -306,7 +306,9 @@ def _linear(transform: sitk.Transform, name: str) -> sitk.AffineTransform:
     """
     origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
     # Far out, so that little is lost where the translation is large.
-    columns = [np.array(transform.TransformPoint(end)) - origin for end in (1e3 * np.eye(3)).tolist()]
+    columns = [
+        np.array(transform.TransformPoint(end)) - origin for end in (1e3 * np.eye(3)).tolist()
+    ]
     matrix = np.stack(columns, axis=1) / 1e3
     _check_finite(np.array([matrix, np.broadcast_to(origin, (3, 3))]), name)
     affine = sitk.AffineTransform(3)
