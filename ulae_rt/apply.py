@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         reference = read_grid(arguments.reference)
         grid = grid_of(reference)
         fmt = arguments.warp_format
-        if fmt is not None and not any([needs_format(text) for text in arguments.transform]):
+        if fmt is not None and not any(list(map(needs_format, arguments.transform))):
             raise UsageError(
                 f"--warp-format {fmt} has no effect: no transform is a 4-D warp that does not say "
                 "its format itself",

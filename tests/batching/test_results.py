@@ -189,9 +189,11 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("id", 7), ("id", ""), ("id", "../a"), ("id", None), ("status", "fine"), ("status", ["done"]),
+        ("id", 7), ("id", ""), ("id", "../a"), ("id", None), ("status", "fine"),
+        ("status", ["done"]),
         ("inputs", None), ("inputs", ["m", "f"]), ("inputs", {"moving": "m"}),
-        ("inputs", {"moving": "m", "fixed": 3}), ("inputs", {"moving": "m", "fixed": "f", "x": "y"}),
+        ("inputs", {"moving": "m", "fixed": 3}),
+        ("inputs", {"moving": "m", "fixed": "f", "x": "y"}),
         ("outputs", ["warp"]), ("outputs", {"warp": None}), ("seconds", {"read": "1"}),
         ("seconds", 3), ("seconds", {"read": None}), ("similarity_before", "0.5"),
         ("similarity_after", True), ("folding_percent", [0]), ("lncc_refined", {}),

@@ -418,7 +418,7 @@ def test_brackets_with_spaces(files):
 
 
 def test_hints_about_geometry_and_outputs_work(files, capsys):
-    """Each from the failing state: an existing output, an absent folder, images of another space."""
+    """Each from the failing state: outputs, folders, and images of another space."""
     points = world(*FIXED)
     (files / "out.nii.gz").touch()
     assert apply(files) == 1

@@ -383,16 +383,13 @@ def write(outputs, path, content):
 
 def test_of_two_writers_the_second_is_told_and_loses_nothing_of_the_first(tmp_path):
     places = [tmp_path / "a.nii", tmp_path / "b.nii"]
-    with (
-        Outputs(places, overwrite=False) as first,
-        pytest.raises(OutputError, match=r"a\.nii exists already") as caught,
-        Outputs(places, overwrite=False) as second,
-    ):
+    with Outputs(places, overwrite=False) as first, Outputs(places, overwrite=False) as second:
         for path in places:
             write(first, path, b"first")
             write(second, path, b"second")
         first.commit()
-        second.commit()
+        with pytest.raises(OutputError, match=r"a\.nii exists already") as caught:
+            second.commit()
     assert {path.read_bytes() for path in places} == {b"first"}
     assert sorted(tmp_path.iterdir()) == places
     assert "--overwrite" in caught.value.hint
@@ -441,13 +438,11 @@ def test_a_rename_that_fails_takes_back_those_before_it(tmp_path, monkeypatch, l
     monkeypatch.setattr(nifti.os, "replace", fails)
     if not links:
         monkeypatch.setattr(nifti.os, "link", refuse)
-    with (
-        pytest.raises(OutputError, match=r"bad\.nii cannot be written: Input/output error"),
-        Outputs([new, old, bad], overwrite=True) as outputs,
-    ):
+    with Outputs([new, old, bad], overwrite=True) as outputs:
         for path in (new, old, bad):
             write(outputs, path, b"after")
-        outputs.commit()
+        with pytest.raises(OutputError, match=r"bad\.nii cannot be written: Input/output error"):
+            outputs.commit()
     assert list(tmp_path.iterdir()) == [old]
     # Without a second name what was there is gone: the new file is better than none.
     assert old.read_bytes() == (b"before" if links else b"after")

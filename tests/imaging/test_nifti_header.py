@@ -99,7 +99,7 @@ def test_contradictions_are_refused(tmp_path, image_class, order, suffix, change
 @pytest.mark.parametrize("offset", [NAN, INF, 352.5, 1e9])
 def test_a_place_of_the_voxels_that_is_none(tmp_path, suffix, offset):
     """In NIfTI-1 it is a floating-point number."""
-    with pytest.raises(ImageError, match="vox_offset|bytes between its header|truncated"):
+    with pytest.raises(ImageError, match=r"vox_offset|bytes between its header|truncated"):
         read_volume(save(tmp_path / f"a{suffix}", vox_offset=offset))
 
 
@@ -143,7 +143,7 @@ def test_a_name_that_hides_the_packing_is_said_and_the_hint_works(tmp_path, fold
 def test_a_link_to_nothing_is_said(tmp_path):
     link = tmp_path / "a.nii.gz"
     link.symlink_to("annex/objects/a.nii.gz")
-    with pytest.raises(ImageError, match="is a link to annex/objects/a.nii.gz, which does not"):
+    with pytest.raises(ImageError, match=r"is a link to annex/objects/a\.nii\.gz, which does not"):
         read_volume(link)
     (tmp_path / "annex" / "objects").mkdir(parents=True)
     save(tmp_path / "annex" / "objects" / "a.nii.gz")  # as datalad get would

@@ -107,7 +107,7 @@ def test_a_damaged_manifest(prepared: Path, text: str) -> None:
 def test_values_outside_0_to_1(tmp_path: Path, values: tuple[float, float]) -> None:
     data = VALUES.astype(np.float32)
     data[0, 0, :2] = values
-    with pytest.raises(ConfigError, match="values from .* expected 0 to 1"):
+    with pytest.raises(ConfigError, match=r"values from .* expected 0 to 1"):
         load_scan(save(tmp_path / "a.nii", data), 4)
 
 

@@ -341,13 +341,13 @@ def test_two_runs_into_one_folder(
     first, second = (Trainer(config, resume=False) for _ in range(2))
     first.run(lambda _: None)
     before = (tmp_path / "run" / loop.STATE_FILE).read_bytes()
-    with pytest.raises(TrainingError, match="another run has written to .* since") as caught:
+    with pytest.raises(TrainingError, match=r"another run has written to .* since") as caught:
         second.run(lambda _: None)
     assert (tmp_path / "run" / loop.STATE_FILE).read_bytes() == before
     assert "add --resume to go on with it" in caught.value.hint
     # The hint, and what it says when nothing is left to do.
     with pytest.raises(
-        CheckpointError, match="has done 1 steps, and optimiser.steps is 1"
+        CheckpointError, match=r"has done 1 steps, and optimiser.steps is 1"
     ) as caught:
         Trainer(config, resume=True)
     assert caught.value.hint == "set more steps: --set optimiser.steps=N"

@@ -421,7 +421,8 @@ def read_results(path: Path) -> list[Row]:
 
 def _check_one_run(folder: Path, files: Sequence[Path]) -> None:
     """Refuse files of results that cannot be of one run, as `ResultsFolder` writes them."""
-    counts = {match[2]: path.name for path in files if (match := _RESULTS.fullmatch(path.name))[2]}
+    matches = [(path.name, _RESULTS.fullmatch(path.name)) for path in files]
+    counts = {match[2]: name for name, match in matches if match and match[2]}
     if len(counts) > 1:
         names = sorted(counts.values())
         raise PairsError(

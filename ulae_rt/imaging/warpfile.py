@@ -272,7 +272,7 @@ def _stated_format(image: nib.Nifti1Image, name: str) -> WarpFormat | None:
         kind = float(header["intent_p1"])
         if kind == NIFTYREG_DISPLACEMENT:
             return "ras"
-        kinds = dict(enumerate(NIFTYREG_KINDS))
+        kinds: dict[float, str] = dict(enumerate(NIFTYREG_KINDS))
         raise ImageError(
             f"{name} is a file of NiftyReg's that holds "
             f"{kinds.get(kind, 'what is unknown here')} (intent_p1 {kind:g}), expected "

@@ -342,7 +342,7 @@ class Trainer:
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"{path}: is no state of a training run: {reason}",
-                f"give the output.folder of a run; weights alone go into optimiser.start",
+                "give the output.folder of a run; weights alone go into optimiser.start",
             ) from None
         if self.step >= self.config.optimiser.steps:
             raise CheckpointError(
