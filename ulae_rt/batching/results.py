@@ -434,12 +434,12 @@ def _check_one_run(folder: Path, files: Sequence[Path]) -> None:
         return
     try:
         there = parse_json(settings.read_bytes())
-        shards = there["shards"]
-    except (OSError, ValueError, LookupError, TypeError):
+        shards = there.get("shards")  # only of runs of `batch`
+    except (OSError, ValueError, AttributeError):
         raise PairsError(
             f"{settings} is damaged", "register into another folder; these results are of no run"
         ) from None
-    if counts and str(shards) not in counts:
+    if counts and shards is not None and str(shards) not in counts:
         raise PairsError(
             f"{folder} holds {next(iter(counts.values()))}, and its run had {shards} shards",
             "move the results of other runs into a folder of their own",
