@@ -430,7 +430,7 @@ def _check_one_run(folder: Path, files: Sequence[Path]) -> None:
             "move those of one run into a folder of their own",
         )
     settings = folder / SETTINGS
-    if not settings.exists():
+    if not counts or not settings.exists():
         return
     try:
         there = parse_json(settings.read_bytes())
@@ -439,7 +439,7 @@ def _check_one_run(folder: Path, files: Sequence[Path]) -> None:
         raise PairsError(
             f"{settings} is damaged", "register into another folder; these results are of no run"
         ) from None
-    if counts and shards is not None and str(shards) not in counts:
+    if shards is not None and str(shards) not in counts:
         raise PairsError(
             f"{folder} holds {next(iter(counts.values()))}, and its run had {shards} shards",
             "move the results of other runs into a folder of their own",
