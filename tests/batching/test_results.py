@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     [
         ("id", 7), ("id", ""), ("id", "../a"), ("id", None), ("status", "fine"),
         ("status", ["done"]),
-        ("inputs", None), ("inputs", ["m", "f"]), ("inputs", {"moving": "m"}),
+        ("inputs", None), ("inputs", ["m", "f"]),
         ("inputs", {"moving": "m", "fixed": 3}),
         ("inputs", {"moving": "m", "fixed": "f", "x": "y"}),
         ("outputs", ["warp"]), ("outputs", {"warp": None}), ("seconds", {"read": "1"}),
@@ -285,3 +285,8 @@ def test_hints_of_a_results_folder_work(tmp_path):
         read_results(tmp_path / "nothing")
     assert "give the folder that 'ulae-rt batch' wrote, or results.jsonl" in caught.value.hint
     assert read_results(tmp_path / "another") == read_results(tmp_path / "another/results.jsonl")
+
+
+def test_a_row_that_does_not_say_its_images_is_no_pair():
+    with pytest.raises(PairsError, match="the pair a has no fixed image in its row"):
+        replace(FULL, inputs={"moving": "m"}).pair  # noqa: B018

@@ -299,10 +299,6 @@ def test_learning_rate() -> None:
             "output.validate_every has no",
         ),
         (
-            "[data]\ntrain='x'\n[output]\nfolder='r'\n[optimiser]\nsteps=9\nwarmup=9",
-            "warmup is not",
-        ),
-        (
             "[data]\ntrain='x'\n[output]\nfolder='r'\n[optimiser]\nlr=1e-4\nlr_final=1e-3",
             "is above",
         ),

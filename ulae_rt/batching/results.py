@@ -93,7 +93,16 @@ class Row:
 
     @property
     def pair(self) -> Pair:
-        """What was registered."""
+        """What was registered.
+
+        Raises:
+            PairsError: the row does not say it.
+        """
+        if missing := {"moving", "fixed"} - self.inputs.keys():
+            raise PairsError(
+                f"the pair {self.id} has no {min(missing)} image in its row of results",
+                "give results.jsonl as 'ulae-rt batch' wrote it",
+            )
         return Pair.from_paths(self.id, self.inputs)
 
 
@@ -122,7 +131,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _is_inputs(value: Any) -> bool:
-    return _is_texts(value) and {"moving", "fixed"} <= value.keys() <= set(PATHS)
+    return _is_texts(value) and value.keys() <= set(PATHS)
 
 
 def _is_matrix(value: Any) -> bool:

@@ -204,8 +204,6 @@ def _without_effect(config: TrainConfig) -> str:
             if key in section.model_fields_set:
                 return f"{name}.{key} has no effect without data.val"
     settings = config.optimiser
-    if settings.warmup >= settings.steps:
-        return "optimiser.warmup is not below optimiser.steps: the learning rate is never reached"
     if settings.lr_final is not None and settings.lr_final > settings.lr:
         return "optimiser.lr_final is above optimiser.lr"
     if config.run.cuda_graph and config.run.device == "cpu":
