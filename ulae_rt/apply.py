@@ -11,11 +11,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ulae_rt.errors import GeometryError, UsageError
-from ulae_rt.imaging.chain import away_mm, chain_displacement, read_transform, transform_path
+from ulae_rt.imaging.chain import (
+    away_mm,
+    chain_displacement,
+    needs_format,
+    read_transform,
+    transform_path,
+)
 from ulae_rt.imaging.grid import Grid, grid_of
 from ulae_rt.imaging.nifti import (
     Outputs,
     Volume,
+    check_exact_labels,
     image_on_grid,
     read_grid,
     read_volume,
@@ -80,10 +87,15 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     with Outputs(places, overwrite=arguments.overwrite, inputs=inputs) as outputs:
         reference = read_grid(arguments.reference)
         grid = grid_of(reference)
+        fmt = arguments.warp_format
+        if fmt is not None and not any(list(map(needs_format, arguments.transform))):
+            raise UsageError(
+                f"--warp-format {fmt} has no effect: no transform is a 4-D warp that does not say "
+                "its format itself",
+                "leave --warp-format out",
+            )
         steps = [
-            step
-            for text in arguments.transform
-            for step in read_transform(text, reference, arguments.warp_format)
+            step for text in arguments.transform for step in read_transform(text, reference, fmt)
         ]
         disp = chain_displacement(steps, grid, reference.name)
         for image, place in tqdm(
@@ -112,6 +124,8 @@ def _carry(image: Volume, disp: Displacement, grid: Grid, interp: str) -> NDArra
             "inverse warp and the moving image as REFERENCE",
         )
     if interp == "nearest":
+        if image.data.dtype.kind in "iu":
+            check_exact_labels(image.data, image.name)
         return warp_image(image, disp, grid, "nearest")
     if _looks_like_labels(image.data):
         logger.warning(

@@ -1,9 +1,10 @@
 """Bring scans to the training grid: affine to a template, 1 mm, cropped, intensities in [0, 1]."""
 
 import argparse
-import csv
+import difflib
 import json
 import logging
+import os
 import re
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +18,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from ulae_rt.errors import ImageError, OutputError, UlaeError, UsageError
+from ulae_rt.files import locked_run
 from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode, register_affine
 from ulae_rt.imaging.grid import (
     NORMALISATION,
@@ -30,10 +32,19 @@ from ulae_rt.imaging.grid import (
     working_grid,
 )
 from ulae_rt.imaging.labelmap import check_labels, refuse_empty
-from ulae_rt.imaging.nifti import SUFFIXES, Outputs, Volume, image_on_grid, read_volume, save_image
+from ulae_rt.imaging.nifti import (
+    SUFFIXES,
+    Outputs,
+    Volume,
+    image_on_grid,
+    output_error,
+    read_volume,
+    save_image,
+)
 from ulae_rt.imaging.plausible import warn_implausible_affine, warn_unlike
 from ulae_rt.imaging.similarity import correlation
 from ulae_rt.messages import about, collected, collecting, libraries_redirected, redirect_itk
+from ulae_rt.strict_csv import csv_rows, decode_text, separator
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
@@ -42,6 +53,10 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "prepared.json"
 LABEL_WORDS = re.compile(r"[_-](labels?|seg|dseg|aseg|parc|mask)(?=$|[_.-])", re.IGNORECASE)
+# A scan's files are called by its name, in the folder and with room for an end.
+SCAN_NAME = re.compile(r"[^/.\x00-\x1f][^/\x00-\x1f]{0,199}")
+LABELS_END = "_labels"
+COLUMNS = ("id", "image", "labels")
 MODALITY = re.compile(r"[_-](t1w?|brain)$", re.IGNORECASE)
 
 
@@ -105,33 +120,34 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     template = with_background(read_volume(arguments.template))
     grid, lost = working_grid(template, shape)
     warn_cut_off(lost, template.name, grid)
-    _check_folder(arguments.out, arguments.overwrite)
-    jobs = [
-        _Job(
-            scan,
-            arguments.template,
-            grid,
-            arguments.out,
-            arguments.affine,
-            arguments.overwrite,
-        )
-        for scan in scans
-    ]
-    done, failed = _run_all(jobs, arguments.workers, report)
-    result = {
-        "template": str(arguments.template),
-        "shape": list(grid.shape),
-        "spacing_mm": 1.0,
-        "grid_affine": grid.affine.tolist(),
-        "normalisation": NORMALISATION,
-        "affine_mode": arguments.affine,
-        "affine_direction": "template RAS mm -> scan RAS mm",
-        "scans": done,
-        "failed": failed,
-    }
-    manifest = arguments.out / MANIFEST
-    _write_json(manifest, result)
-    report(f"{len(done)} of {len(scans)} scans prepared in {arguments.out}, see {manifest}")
+    with locked_run(arguments.out):
+        _check_folder(arguments.out, arguments.overwrite)
+        jobs = [
+            _Job(
+                scan,
+                arguments.template,
+                grid,
+                arguments.out,
+                arguments.affine,
+                arguments.overwrite,
+            )
+            for scan in scans
+        ]
+        done, failed = _run_all(jobs, arguments.workers, report)
+        result = {
+            "template": str(arguments.template),
+            "shape": list(grid.shape),
+            "spacing_mm": 1.0,
+            "grid_affine": grid.affine.tolist(),
+            "normalisation": NORMALISATION,
+            "affine_mode": arguments.affine,
+            "affine_direction": "template RAS mm -> scan RAS mm",
+            "scans": done,
+            "failed": failed,
+        }
+        manifest = arguments.out / MANIFEST
+        _write_json(manifest, result)
+        report(f"{len(done)} of {len(scans)} scans prepared in {arguments.out}, see {manifest}")
     if failed:
         raise ImageError(
             f"{len(failed)} of {len(scans)} scans failed: {', '.join(failed)}",
@@ -157,10 +173,24 @@ def find_scans(source: Path) -> list[Scan]:
     if not scans:
         raise UsageError(f"{source} names no .nii or .nii.gz scan", "check the path")
     names = [scan.name for scan in scans]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    for name in names:
+        if not SCAN_NAME.fullmatch(name):
+            raise UsageError(
+                f"{source} has a scan named {name[:210]!r}, which cannot name its files",
+                "give a CSV list with the columns id,image,labels; an id has up to 200 characters, "
+                "no / and no . at its beginning",
+            )
+        if name.endswith(LABELS_END):
+            raise UsageError(
+                f"{source} has a scan named {name}, as a label map is called",
+                "give a CSV list with the columns id,image,labels and another id",
+            )
+    # Without regard to case: some file systems have none.
+    folded = [name.casefold() for name in names]
+    twice = sorted(name for name in names if folded.count(name.casefold()) > 1)
     if twice:
         raise UsageError(
-            f"{source} has more than one scan named {', '.join(twice)}",
+            f"{source} has more than one scan named {', '.join(dict.fromkeys(twice))}",
             "give a CSV list with the columns id,image,labels",
         )
     return sorted(scans, key=lambda scan: scan.name)
@@ -209,31 +239,64 @@ def _labels_beside(image: Path) -> Path | None:
 
 def _scans_of_list(source: Path) -> list[Scan]:
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source} is no readable list: {error}", "give text or CSV") from None
-    rows = [row for row in csv.reader(lines) if row and row[0].strip()]
-    rows = [[cell.strip() for cell in row] for row in rows if not row[0].lstrip().startswith("#")]
+        rows = list(csv_rows(decode_text(source.read_bytes())))
+    except OSError as error:
+        raise UsageError(f"{source} cannot be read: {error.strerror}", "check the file") from None
+    except ValueError as error:
+        raise UsageError(
+            f"{source} is no readable list: {error}", "give UTF-8 text or CSV with commas"
+        ) from None
+    rows = [(line, cells) for line, cells in rows if not cells[0].startswith("#")]
     columns = {"image": 0, "labels": 1}
-    if rows and "image" in rows[0]:
-        columns = {name: index for index, name in enumerate(rows.pop(0))}
+    if rows and set(COLUMNS) & set(rows[0][1]):
+        columns = _columns(source, rows.pop(0)[1])
+    elif rows and len(rows[0][1]) == 1 and (found := separator(rows[0][1][0])):
+        raise UsageError(
+            f"{source}, line {rows[0][0]}: its columns are separated by {found}, expected commas",
+            "save it as CSV with commas",
+        )
     scans = []
-    for row in rows:
+    for line, row in rows:
+        if len(row) > max(columns.values()) + 1 and any(row[max(columns.values()) + 1 :]):
+            raise UsageError(
+                f"{source}, line {line}: has {len(row)} columns, expected "
+                f"{max(columns.values()) + 1} at most",
+                "quote paths with a comma in them",
+            )
         cells = {key: row[i] for key, i in columns.items() if i < len(row) and row[i]}
         if "image" not in cells:
-            raise UsageError(f"{source} has a row without an image: {row}", "fill or remove it")
+            raise UsageError(
+                f"{source}, line {line}: has a row without an image: {row}", "fill or remove it"
+            )
         image = source.parent / cells["image"]
         labels = source.parent / cells["labels"] if "labels" in cells else _labels_beside(image)
         scans.append(Scan(cells.get("id", _name(image)), image, labels))
     return scans
 
 
+def _columns(source: Path, header: list[str]) -> dict[str, int]:
+    """The places of a list's columns by name; those of others are left to them."""
+    if "image" not in header:
+        raise UsageError(
+            f"{source}: has no column image, found {', '.join(header)}",
+            "give the columns id,image,labels",
+        )
+    if repeated := [name for name in COLUMNS if header.count(name) > 1]:
+        raise UsageError(f"{source}: has the column {repeated[0]} twice", "remove one")
+    for name in header:
+        # A slip of the pen would leave labels behind in silence.
+        if name not in COLUMNS and (
+            meant := difflib.get_close_matches(name.lower(), COLUMNS, 1, 0.8)
+        ):
+            raise UsageError(
+                f"{source}: the column {name!r} is unknown", f"write it {meant[0]}, or rename it"
+            )
+    # Every column's place counts, also of those that are not read.
+    return {name: place for place, name in enumerate(header)}
+
+
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}", "choose another") from None
-    if (folder / MANIFEST).exists() and not overwrite:
+    if os.path.lexists(folder / MANIFEST) and not overwrite:
         raise OutputError(
             f"{folder} holds prepared scans already", "give --overwrite to replace them"
         )
@@ -309,12 +372,15 @@ def _prepare_scan(job: _Job) -> dict[str, Any]:
             refuse_empty(carried, labels.name)
             image = image_on_grid(carried, on_grid, grid.affine)
             save_image(image, out.temporary(paths["labels"]))
-        np.savetxt(
-            out.temporary(paths["affine"]),
-            matrix,
-            fmt="%.9f",
-            header="template world RAS mm -> scan world RAS mm (pull-back), 4x4",
-        )
+        try:
+            np.savetxt(
+                out.temporary(paths["affine"]),
+                matrix,
+                fmt="%.9f",
+                header="template world RAS mm -> scan world RAS mm (pull-back), 4x4",
+            )
+        except OSError as error:
+            raise output_error(paths["affine"], error) from None
         out.commit()
     return {
         "source": str(scan.image),
@@ -338,7 +404,10 @@ def _unsigned(labels: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with Outputs([path], overwrite=True, suffixes={path: (".json",)}) as outputs:
-        outputs.temporary(path).write_text(json.dumps(content, indent=1) + "\n")
+        try:
+            outputs.temporary(path).write_text(json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise output_error(path, error) from None
         outputs.commit()
 
 

@@ -51,8 +51,14 @@ BAD_CSV = {
     "id,moving,fixed,moving_label\na,b,c,d\n": "the column 'moving_label' is unknown",
     "id,moving,fixed\na,b\n": "line 2: has 2 columns, expected 3",
     "id,moving,fixed\na,b,c\nd,,f\n": "line 3: has no moving",
-    'id,moving,fixed\na,"b,c\n': "is no CSV: unexpected end of data",
-    "id,moving,fixed\na,b\0,c\n": "zero byte|is no CSV",
+    'id,moving,fixed\na,"b,c\n': "line 2: is no CSV: unexpected end of data",
+    'id,moving,fixed\na,"b"x,c\n': "line 2: is no CSV: .*expected after",
+    'id,moving,fixed\na,"b,c\nd,e",f\n': "line 3: a field goes over several lines; is a quote",
+    "id,moving,fixed\na,b\0,c\n": "it has a zero byte in line 2",
+    "id,moving,fixed\na,b\x07,c\n": "moving has a control character in it",
+    f"id,moving,fixed\na,{'b' * 140_000},c\n": "line 2: is no CSV: field larger than field limit",
+    "id;moving;fixed\na;b;c\n": "line 1: its columns are separated by semicolons, expected commas",
+    "id\tmoving\tfixed\na\tb\tc\n": "its columns are separated by tabs, expected commas",
     "id,moving,fixed\n../a,b,c\n": r"the id '../a' cannot name a folder",
     "id,moving,fixed\n.a,b,c\n": r"the id '.a' cannot name a folder",
     "id,moving,fixed\na,b,c\nx,b,c\nA,b,c\n": "2 rows share an id with another, the first is 'a'",
@@ -68,7 +74,13 @@ def test_bad_csv_names_the_line(tmp_path, text):
 
 BAD_JSON = {
     "[": "is no JSON",
-    "[" * 100_000: "is no JSON",
+    "[" * 100_000: "is no JSON: it is nested too deep",
+    '{"pairs": [], "pairs": []}': "is no JSON: the key 'pairs' is there twice",
+    '[{"id": "a", "moving": "b", "fixed": "c", "fixed": "d"}]': "the key 'fixed' is there twice",
+    '[{"id": NaN, "moving": "b", "fixed": "c"}]': "is no JSON: NaN is no number",
+    '[{"id": 1e400, "moving": "b", "fixed": "c"}]': "is no JSON: the number 1e400 is too large",
+    '[{"id": "a", "moving": "b\\nc", "fixed": "c"}]': "moving has a control character in it",
+    '[{"id": "a", "moving": "b\\u0000", "fixed": "c"}]': "moving has a control character in it",
     "{}": "holds no array of pairs",
     "[]": "has no pairs",
     "[1]": "pair 1: is 1, expected an object",
@@ -91,8 +103,14 @@ def test_files_that_are_no_list(tmp_path):
     with pytest.raises(PairsError, match="does not exist"):
         read_pairs(tmp_path / "pairs.csv")
     (tmp_path / "utf16.csv").write_bytes("id,moving,fixed\na,b,c\n".encode("utf-16"))
-    with pytest.raises(PairsError, match="it is not UTF-8 text"):
+    with pytest.raises(PairsError, match="it is UTF-16 text, expected UTF-8"):
         read_pairs(tmp_path / "utf16.csv")
+    (tmp_path / "latin.csv").write_bytes("id,moving,fixed\na,ä,c\n".encode("latin-1"))
+    with pytest.raises(PairsError, match="it is not UTF-8 text: line 2"):
+        read_pairs(tmp_path / "latin.csv")
+    (tmp_path / "link.csv").symlink_to("gone.csv")
+    with pytest.raises(PairsError, match=r"link\.csv is a link to gone\.csv, which does not exist"):
+        read_pairs(tmp_path / "link.csv")
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(PairsError, match="cannot be read: Is a directory"):
         read_pairs(tmp_path / "folder.csv")
@@ -121,3 +139,42 @@ def test_files_elsewhere_are_found_behind_dots_and_links(tmp_path):
     text = "id,moving,fixed\na,in.nii,link.nii\nb,../other/scan.nii,link.nii\n"
     pairs = read_pairs(write(folder, text))
     assert outside(pairs, folder) == [folder / "link.nii", folder / "../other/scan.nii"]
+
+
+def test_fields_quoted_after_a_space(tmp_path):
+    text = 'id, moving, fixed\na, "b,1.nii.gz", "c.nii.gz"\n'
+    (pair,) = read_pairs(write(tmp_path, text))
+    assert (pair.moving, pair.fixed) == (tmp_path / "b,1.nii.gz", tmp_path / "c.nii.gz")
+
+
+def test_hints_of_lists_work(tmp_path):
+    """Each followed from a list that fails."""
+    right = [Pair("a", tmp_path / "b,1.nii", tmp_path / "c.nii")]
+    for wrong, hint, mended in (
+        ("id,moving,fixed\na,b,1.nii,c.nii\n", "quote paths with a comma in them",
+         'id,moving,fixed\na,"b,1.nii",c.nii\n'),
+        ("id;moving;fixed\na;b,1.nii;c.nii\n", "save it as CSV with commas",
+         'id,moving,fixed\na,"b,1.nii",c.nii\n'),
+        ("id,moving,fixed,fixed\na,x,y,z\n", "remove one",
+         'id,moving,fixed\na,"b,1.nii",c.nii\n'),
+        ("id,moving,fixed,moving_label\na,x,y,z\n", "write it moving_labels, or rename it",
+         'id,moving,fixed,age\na,"b,1.nii",c.nii,70\n'),
+        ("id,moving,fixed\na,b,c\nA,b,c\n", "give every pair an id of its own",
+         'id,moving,fixed\na,"b,1.nii",c.nii\n'),
+        ("id,moving,fixed\na/b,b,c\n", "use up to 200 letters, digits and _ . - + = @",
+         'id,moving,fixed\na,"b,1.nii",c.nii\n'),
+        ("a,b,c\n", "give a CSV file with the columns id,moving,fixed",
+         'id,moving,fixed\na,"b,1.nii",c.nii\n'),
+    ):  # fmt: skip
+        with pytest.raises(PairsError) as caught:
+            read_pairs(write(tmp_path, wrong))
+        assert hint in caught.value.hint
+        assert read_pairs(write(tmp_path, mended)) == right
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(mended.encode("utf-16"))
+    with pytest.raises(PairsError) as caught:
+        read_pairs(path)
+    assert "save it as UTF-8" in caught.value.hint
+    path.write_bytes(b"\xef\xbb\xbf" + mended.encode())  # as Excel's 'CSV UTF-8'
+    assert read_pairs(path) == right
+    assert Shard.parse("8/8").of(list(range(8))) == [7]  # of an array job that begins at 0: add 1

@@ -1,5 +1,6 @@
 """The folder of a batch: what survives a kill, who may write, and what is refused."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,13 @@ def row_of(pair, status="done"):
     return Row(pair.id, status, {name: str(path) for name, path in pair.paths().items()})
 
 
+FULL = Row(
+    "a", "done", {"moving": "m", "fixed": "f"}, {"warp": "pairs/a/warp.nii.gz"}, {"read": 0.5},
+    0.1, 0.9, 0.0, 0.2, 0.01, [[1.0, 0, 0, 0]] * 4, warnings=["cut <off>\n"], finished="2026",
+    host="h",
+)  # fmt: skip
+
+
 def keep(folder, pair):
     (folder.part(pair) / "moved.nii.gz").write_bytes(b"image")
     folder.keep(row_of(pair))
@@ -35,12 +43,8 @@ def fill(path, pairs=PAIRS, shard=None):
 
 
 def test_rows_come_back_as_they_were():
-    row = Row(
-        "a", "done", {"moving": "m"}, {"warp": "pairs/a/warp.nii.gz"}, {"read": 0.5}, 0.1, 0.9, 0.0,
-        0.2, 0.01, [[1.0, 0, 0, 0]], ["cut <off>\n"], finished="2026", host="h",
-    )  # fmt: skip
-    assert Row.from_json(row.to_json()) == row
-    assert "\n" not in row.to_json()
+    assert Row.from_json(FULL.to_json()) == FULL
+    assert "\n" not in FULL.to_json()
     for text in ("{}", "[]", "{", '{"id": "a", "status": "done", "inputs": {}, "more": 1}'):
         with pytest.raises(ValueError, match=r"no row of results|Expecting"):
             Row.from_json(text)
@@ -180,3 +184,109 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         ResultsFolder(tmp_path / "file", None, SETTINGS).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("id", 7), ("id", ""), ("id", "../a"), ("id", None), ("status", "fine"),
+        ("status", ["done"]),
+        ("inputs", None), ("inputs", ["m", "f"]),
+        ("inputs", {"moving": "m", "fixed": 3}),
+        ("inputs", {"moving": "m", "fixed": "f", "x": "y"}),
+        ("outputs", ["warp"]), ("outputs", {"warp": None}), ("seconds", {"read": "1"}),
+        ("seconds", 3), ("seconds", {"read": None}), ("similarity_before", "0.5"),
+        ("similarity_after", True), ("folding_percent", [0]), ("lncc_refined", {}),
+        ("affine", [[1, 0, 0, 0]]), ("affine", [["1", 0, 0, 0]] * 4), ("affine", "identity"),
+        ("affine", [1, 2, 3, 4]), ("warnings", "cut off"), ("warnings", [3]), ("error", None),
+        ("hint", 3), ("traceback", []), ("finished", 2026), ("host", {}),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_is_no_row(tmp_path, name, value):
+    values = json.loads(FULL.to_json())
+    Row.from_json(json.dumps(values))
+    text = json.dumps({**values, name: value})
+    with pytest.raises(ValueError, match=f"its {name} is "):
+        Row.from_json(text)
+    (tmp_path / "results.jsonl").write_text(f"{text}\n{FULL.to_json()}\n")
+    with pytest.raises(PairsError, match=f"line 1: is no row of results: its {name} is"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "it is nested too deep"),
+        ('{"id": "a", "id": "b"}', "the key 'id' is there twice"),
+        ('{"id": "a", "status": "done", "inputs": {}, "folding_percent": NaN}', "NaN is no number"),
+    ],
+)
+def test_json_that_is_doubtful_is_no_row(tmp_path, text, reason):
+    (tmp_path / "results.jsonl").write_text(f"{text}\n{FULL.to_json()}\n")
+    with pytest.raises(PairsError, match=f"line 1: is no row of results: {reason}"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"affine": NaN}', '{"a": 1, "a": 2}', "[]", "\xff"]
+)
+def test_settings_that_are_doubtful_are_damaged(tmp_path, text):
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(PairsError, match=r"run\.json is damaged"):
+        ResultsFolder(tmp_path, None, SETTINGS).__enter__()
+
+
+def test_a_figure_that_is_not_finite_can_be_read_again():
+    row = replace(FULL, similarity_before=float("nan"), lncc_network=float("inf"))
+    again = Row.from_json(row.to_json())
+    assert again == replace(FULL, similarity_before=None, lncc_network=None)
+
+
+def test_results_of_two_runs_are_not_one(tmp_path):
+    for count in (2, 3):
+        (tmp_path / f"results-1-of-{count}.jsonl").write_text(FULL.to_json() + "\n")
+    with pytest.raises(
+        PairsError, match=r"results of two runs: results-1-of-2\.jsonl and"
+    ) as caught:
+        read_results(tmp_path)
+    assert "into a folder of their own" in caught.value.hint
+    (tmp_path / "own").mkdir()
+    (tmp_path / "results-1-of-3.jsonl").rename(tmp_path / "own" / "results-1-of-3.jsonl")
+    assert read_results(tmp_path) == read_results(tmp_path / "own") == [FULL]
+    (tmp_path / "run.json").write_text('{"shards": 4}')
+    with pytest.raises(PairsError, match=r"results-1-of-2\.jsonl, and its run had 4 shards"):
+        read_results(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(PairsError, match=r"run\.json is damaged"):
+        read_results(tmp_path)
+
+
+def test_hints_of_a_results_folder_work(tmp_path):
+    place = tmp_path / "out"
+    fill(place)
+    with ResultsFolder(place, None, SETTINGS) as folder:
+        with pytest.raises(OutputError) as caught:
+            folder.begin(PAIRS, resume=False)
+        assert caught.value.hint == "give --resume to do what is missing, or another folder"
+        assert len(folder.begin(PAIRS, resume=True)) == 3
+    fill(tmp_path / "another")
+    other = [replace(PAIRS[0], fixed=Path("/scans/g"))]
+    with ResultsFolder(place, None, SETTINGS) as folder:
+        with pytest.raises(PairsError) as caught:
+            folder.begin(other, resume=True)
+        assert "give it another id in the list" in caught.value.hint
+        assert folder.begin([replace(other[0], id="other")], resume=True) == []
+    with pytest.raises(PairsError) as caught:
+        ResultsFolder(place, None, {**SETTINGS, "affine": "com"}).__enter__()
+    assert "go on with what it was begun with, or take another folder" in caught.value.hint
+    with ResultsFolder(tmp_path / "third", None, {**SETTINGS, "affine": "com"}):
+        pass
+    with pytest.raises(PairsError) as caught:
+        read_results(tmp_path / "nothing")
+    assert "give the folder that 'ulae-rt batch' wrote, or results.jsonl" in caught.value.hint
+    assert read_results(tmp_path / "another") == read_results(tmp_path / "another/results.jsonl")
+
+
+def test_a_row_that_does_not_say_its_images_is_no_pair():
+    with pytest.raises(PairsError, match="the pair a has no fixed image in its row"):
+        replace(FULL, inputs={"moving": "m"}).pair  # noqa: B018

@@ -298,6 +298,15 @@ def all_wrong(made, tmp_path_factory):
     foreign = nib.Nifti1Image(np.zeros((*shape, 3), np.float32), affine)
     nib.save(foreign, files / "foreign.nii.gz")
     np.savez(files / "small.npz", disp=np.zeros((4, 4, 4, 3), np.float32))
+    fsl = nib.Nifti1Image(np.zeros((*shape, 3), np.float32), affine)
+    fsl.header.set_intent(2006, allow_unknown=True)
+    nib.save(fsl, files / "fsl.nii.gz")
+    ids = np.zeros(MOVING[0], np.int64)
+    ids[20:40, 20:40, 20:40] = 2**53 + 1
+    nib.save(nib.Nifti1Image(ids, MOVING[1], dtype=np.int64), files / "ids.nii.gz")
+    sitk.WriteTransform(itk_affine(np.eye(4)), str(files / "one.txt"))
+    one = (files / "one.txt").read_text().partition("\n")
+    (files / "five.txt").write_text(one[0] + one[1] + 5 * one[2])
     (files / "fsl.mat").write_text("1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n")
     (files / "text.h5").write_text("no transform")
     sitk.WriteTransform(itk_affine(), str(files / "turn.h5"))
@@ -334,7 +343,11 @@ def wrong(all_wrong, tmp_path):
         ({"transforms": ["series"]}, [], 1, "expected XxYxZx1x3 or XxYxZx3"),
         ({"transforms": ["cut"]}, [], 1, "truncated or damaged"),
         ({"transforms": ["foreign"]}, [], 2, "does not say its unit"),
-        ({}, ["--warp-format", "ras"], 2, "is a warp of format itk, not ras"),
+        ({}, ["--warp-format", "ras"], 2, "--warp-format ras has no effect: no transform is a 4-D"),
+        ({"transforms": ["turn.mat"]}, ["--warp-format", "itk"], 2, "--warp-format itk has no"),
+        ({"transforms": ["fsl"]}, ["--warp-format", "ras"], 1, "fsl.nii.gz is a file of FSL's"),
+        ({"transforms": ["five.txt"]}, [], 1, "five.txt holds 5 transforms, expected one"),
+        ({"image": "ids"}, ["--interp", "nearest"], 1, "holds labels up to 9007199254740993"),
         ({"transforms": ["none"]}, [], 1, "none.nii.gz does not exist"),
         ({"transforms": ["none.mat"]}, [], 1, "none.mat does not exist"),
         ({"transforms": ["fsl.mat"]}, [], 1, "fsl.mat is not a readable ITK transform: failed to"),
@@ -374,6 +387,73 @@ def test_mistakes_are_two_lines_and_leave_nothing(wrong, capfd, changes, flags, 
     assert said[1].startswith("hint: ")
     assert len(said) == 2
     assert {path: path.read_bytes() for path in wrong.iterdir()} == before
+
+
+def test_hints_about_formats_and_brackets_work(files, capsys):
+    sitk.WriteTransform(itk_affine(), str(files / "turn.mat"))
+    assert apply(files, "--warp-format", "ras") == 2
+    assert "hint: leave --warp-format out" in capsys.readouterr().err
+    assert apply(files) == 0
+    disp = np.asarray(nib.load(files / "wave.nii.gz").dataobj)[:, :, :, 0] * [-1, -1, 1]
+    foreign = nib.Nifti1Image(disp.astype(np.float32), FIXED[1])
+    nib.save(foreign, files / "foreign.nii.gz")
+    assert apply(files, "--overwrite", transforms=["foreign", "turn.mat"]) == 2
+    assert "hint: say it with --warp-format: ras, voxel or l2r" in capsys.readouterr().err
+    # One that needs it beside those that do not.
+    flags = ("--overwrite", "--warp-format", "ras")
+    assert apply(files, *flags, transforms=["foreign", "turn.mat"]) == 0
+    assert close(values(files), itk_applies(files, itk_field(files)))
+    calm = Warp(np.zeros((*FIXED[0], 3), np.float32), read_volume(files / "fixed.nii.gz"))
+    calm.save(files / "calm.nii.gz")
+    assert apply(files, *flags, transforms=["calm", "foreign", "turn.mat"]) == 0
+    assert close(values(files), itk_applies(files, itk_field(files)))
+
+
+def test_brackets_with_spaces(files):
+    sitk.WriteTransform(itk_affine(), str(files / "turn.mat"))
+    flags = ["-i", f"{files}/moving.nii.gz", "-r", f"{files}/fixed.nii.gz"]
+    out = ["-o", f"{files}/out.nii.gz"]
+    assert main(["apply", *flags, "-t", f"[ {files}/turn.mat, 1 ]", *out]) == 0
+    assert close(values(files), itk_applies(files, itk_affine(np.linalg.inv(TURN))))
+
+
+def test_hints_about_geometry_and_outputs_work(files, capsys):
+    """Each from the failing state: outputs, folders, and images of another space."""
+    points = world(*FIXED)
+    (files / "out.nii.gz").touch()
+    assert apply(files) == 1
+    assert "hint: give --overwrite to replace it" in capsys.readouterr().err
+    assert apply(files, "--overwrite") == 0
+    assert apply(files, out="deep/er/out.nii.gz") == 1
+    hint = capsys.readouterr().err.partition("hint: make it: ")[2].strip()
+    subprocess.run(hint, shell=True, check=True)
+    assert apply(files, out="deep/er/out.nii.gz") == 0
+    assert apply(files, out="out.mha") == 2
+    assert "hint: rename the output" in capsys.readouterr().err
+    # An image in the fixed image's space: the inverse warp, and the moving image as REFERENCE.
+    away = nib.affines.from_matvec(np.eye(3), [500, 0, 0])
+    moving = nib.load(files / "moving.nii.gz")
+    nib.save(nib.Nifti1Image(moving.dataobj, away @ MOVING[1]), files / "far.nii.gz")
+    fixed = read_volume(files / "fixed.nii.gz")
+    there = nib.affines.apply_affine(away, points) - points
+    Warp(there.astype(np.float32), fixed).save(files / "go.nii.gz")
+    assert apply(files, "--overwrite", image="fixed", transforms=["go"]) == 1
+    assert "the inverse warp and the moving image as REFERENCE" in capsys.readouterr().err
+    far = read_volume(files / "far.nii.gz")
+    back = np.broadcast_to(np.array([-500, 0, 0], np.float32), (*far.shape, 3))
+    Warp(back, far).save(files / "back.nii.gz")
+    flags = {"image": "fixed", "reference": "far", "transforms": ["back"]}
+    assert apply(files, "--overwrite", **flags) == 0
+    assert values(files).max() > 100
+    # A reference out of the field: the fixed image, or a crop of it.
+    assert apply(files, "--overwrite", reference="moving", transforms=["wave"]) == 1
+    assert "give the fixed image that the warp was made for" in capsys.readouterr().err
+    assert apply(files, "--overwrite", transforms=["wave"]) == 0
+    # The order of the transforms.
+    sitk.WriteTransform(itk_affine(away), str(files / "away.mat"))
+    assert apply(files, "--overwrite", image="far", transforms=["away.mat", "warp"]) == 1
+    assert "check the order of the transforms" in capsys.readouterr().err
+    assert apply(files, "--overwrite", image="far", transforms=["warp", "away.mat"]) == 0
 
 
 STOPPED = """

@@ -59,11 +59,40 @@ def test_every_format_gives_ras_mm(tmp_path, name, text):
         ("a.csv", "id,x,y\nA,1,2\n", "has no column z"),
         ("a.csv", "id,x,y,z\n", "has no landmarks"),
         ("a.csv", "id,x,y,z\nA,1,2,three\n", "could not convert string to float"),
-        ("a.csv", "id,x,y,z\nA,1,2\n", "is no file of landmarks"),
+        ("a.csv", "id,x,y,z\nA,1,2\n", "line 2: has 3 columns, expected 4"),
+        ("a.csv", "id,x,y,z\nA,1,5,2,3\n", "line 2: has 5 columns, expected 4"),  # 1,5 for 1.5
+        ("a.csv", "id,x,y,z,x\nA,1,2,3,4\n", "has the column x twice"),
+        ("a.csv", "id;x;y;z\nA;1;2;3\n", "separated by semicolons, expected commas"),
+        ("a.csv", 'id,x,y,z\n"A,1,2,3\n', "line 2: is no CSV: unexpected end of data"),
+        ("a.csv", "id,x,y,z\nA\0,1,2,3\n", "it has a zero byte in line 2"),
+        ("a.csv", f"id,x,y,z\n{'A' * 140_000},1,2,3\n", "field larger than field limit"),
+        ("a.fcsv", CSV, "it has no line '# CoordinateSystem = ...'"),
+        ("a.fcsv", "# CoordinateSystem = 0\n1,2,3\n", "it has no line '# columns = ...'"),
+        ("a.fcsv", FCSV.format("RAS", "1,5", 2), "line 4: has 15 columns, expected 14"),
+        ("a.mrk.json", "[" * 100_000, "it is nested too deep"),
+        ("a.mrk.json", '{"markups": [], "markups": []}', "the key 'markups' is there twice"),
+        ("a.mrk.json", markups("RAS", 1.5, float("nan")), "NaN is no number"),
+        ("a.mrk.json", markups("RAS", "1", 2), "the landmark 'A' lies at"),
+        ("a.mrk.json", markups("RAS", True, 2), "the landmark 'A' lies at"),
+        ("a.mrk.json", markups(0, 1, 2), "its coordinate system is 0, expected RAS or LPS"),
+        ("a.mrk.json", markups("RAS", 1, 2).replace("[1, 2, 3.0]", "[1, 2]"), "2 coordinates"),
+        (
+            "a.mrk.json",
+            markups("RAS", 1, 2).replace('"markups": [{', '"markups": [{"coordinateUnits": "um", '),
+            "its unit is 'um', expected mm",
+        ),
+        (
+            "a.mrk.json",
+            markups("RAS", 1, 2).replace(
+                '"label": "A",', '"label": "A", "positionStatus": "undefined",'
+            ),
+            "the landmark 'A' is not placed yet",
+        ),
+        ("a.mrk.json", '{"marks": []}', "is no file of landmarks: no 'markups'"),
         ("a.csv", "id,x,y,z\nA,1,2,nan\n", "'A' lies at"),
         ("a.csv", "id,x,y,z\n ,1,2,3\n", "the landmark '' lies at"),
         ("a.csv", CSV + "A,1,2,3\n", "has the landmark 'A' twice"),
-        ("a.fcsv", FCSV.format("IJK", 1, 2), "no file of landmarks: 'IJK'"),
+        ("a.fcsv", FCSV.format("IJK", 1, 2), "its coordinate system is 'IJK', expected RAS or LPS"),
         ("a.mrk.json", "{", "is no file of landmarks"),
         ("a.mrk.json", "[]", "is no file of landmarks"),
         ("a.mrk.json", markups("RAS", 1, None), "is no file of landmarks"),
@@ -112,3 +141,23 @@ def test_landmarks_that_do_not_belong_together_are_said():
         target_registration_error(disp, grid, outside, outside)
     edge = at(A=(7.4, -0.4, 0))  # within the last voxel
     assert target_registration_error(disp, grid, edge, edge) == {"A": 0.0}
+
+
+def test_files_of_other_encodings_are_said(tmp_path):
+    (tmp_path / "a.csv").write_bytes(CSV.encode("utf-16"))
+    with pytest.raises(EvaluationError, match="it is UTF-16 text, expected UTF-8"):
+        read_landmarks(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_bytes("id,x,y,z\nÄ,1,2,3\n".encode("latin-1"))
+    with pytest.raises(EvaluationError, match="it is not UTF-8 text: line 2") as caught:
+        read_landmarks(tmp_path / "a.csv")
+    assert "give a .csv with the columns id,x,y,z in RAS mm" in caught.value.hint
+    (tmp_path / "a.csv").write_text("id,x,y,z\nÄ,1,2,3\n", encoding="utf-8")
+    assert list(read_landmarks(tmp_path / "a.csv")) == ["Ä"]
+
+
+def test_slicer_s_units_and_states_that_are_right_are_read(tmp_path):
+    text = markups("RAS", 1.5, -2.0)
+    text = text.replace('"markups": [{', '"markups": [{"coordinateUnits": ["mm", "UCUM", "x"], ')
+    text = text.replace('"label": "A",', '"label": "A", "positionStatus": "defined",')
+    (tmp_path / "a.mrk.json").write_text(text)
+    assert read_landmarks(tmp_path / "a.mrk.json")["A"].tolist() == [1.5, -2, 3]

@@ -1,6 +1,7 @@
 """The packaged protocols hold what the paper and the challenge say; others are read or refused."""
 
 import csv
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -130,6 +131,11 @@ def test_a_file_is_read(tmp_path):
         ("[groups.a]\nlabels = [1, 4]\n[merge]\n1 = [4]", r"merge 1 = \[4\]"),
         ("[groups.a]\nlabels = [1]\n[names]\nx = 'y'", "is no protocol: invalid literal"),
         ("[groups", "is no TOML"),
+        ("a = " + "[" * 50_000, "is no TOML: "),
+        ("[groups.a]\nlabels = [1]\nlabel = [2]", "the group a has the key label, expected"),
+        ("average = ['a', 'a']\n[groups.a]\nlabels = [1]", "average names the group a twice"),
+        ("title = 3\n[groups.a]\nlabels = [1]", "title is 3, expected text"),
+        ("scans = ['a']\n[groups.a]\nlabels = [1]", "scans is .'a'., expected text"),
     ],
 )
 def test_what_is_no_protocol_is_said(tmp_path, text, message):
@@ -144,3 +150,22 @@ def test_an_unknown_protocol_is_said(tmp_path):
         read_protocol("lpba")
     with pytest.raises(EvaluationError, match=r"none\.toml cannot be read: No such file"):
         read_protocol(str(tmp_path / "none.toml"))
+
+
+def test_encodings_of_a_protocol(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("\ufeff" + FULL, encoding="utf-8")
+    assert read_protocol(str(path)).title == "mine"
+    path.write_bytes(FULL.encode("utf-16"))
+    with pytest.raises(EvaluationError, match="it is UTF-16 text, expected UTF-8") as caught:
+        read_protocol(str(path))
+    assert caught.value.hint == "save it as UTF-8"
+
+
+def test_the_hint_names_a_file_that_is_there(tmp_path):
+    with pytest.raises(EvaluationError) as caught:
+        read_protocol("lpba")
+    example = caught.value.hint.removeprefix("see the package's own: ulae_rt/")
+    text = (files("ulae_rt") / example).read_text("utf-8")
+    (tmp_path / "mine.toml").write_text(text)
+    assert read_protocol(str(tmp_path / "mine.toml")) == read_protocol("oasis")

@@ -3,6 +3,7 @@
 import gzip
 import logging
 import os
+import threading
 from pathlib import Path
 
 import nibabel as nib
@@ -183,7 +184,7 @@ TINY = [[1e-4, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
         (other_suffix, ImageError, r"expected \.nii or \.nii\.gz"),
         (empty_file, ImageError, "is empty"),
         (text, ImageError, "not a readable NIfTI"),
-        (not_gzip, ImageError, "truncated or damaged|not a readable"),
+        (not_gzip, ImageError, "is not compressed, though its name ends in .gz"),
         (truncated_gzip, ImageError, "truncated or damaged"),
         (truncated_header, ImageError, "truncated or damaged|not a readable"),
         (truncated_plain, ImageError, "truncated or damaged"),
@@ -374,3 +375,96 @@ def test_a_closed_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(nifti.os, "access", lambda path, mode: False)
     with pytest.raises(OutputError, match="cannot be written to"):
         check_output(tmp_path / "a.nii", overwrite=False)
+
+
+def write(outputs, path, content):
+    outputs.temporary(path).write_bytes(content)
+
+
+def test_of_two_writers_the_second_is_told_and_loses_nothing_of_the_first(tmp_path):
+    places = [tmp_path / "a.nii", tmp_path / "b.nii"]
+    with Outputs(places, overwrite=False) as first, Outputs(places, overwrite=False) as second:
+        for path in places:
+            write(first, path, b"first")
+            write(second, path, b"second")
+        first.commit()
+        with pytest.raises(OutputError, match=r"a\.nii exists already") as caught:
+            second.commit()
+    assert {path.read_bytes() for path in places} == {b"first"}
+    assert sorted(tmp_path.iterdir()) == places
+    assert "--overwrite" in caught.value.hint
+    with Outputs(places, overwrite=True) as again:  # the hint
+        for path in places:
+            write(again, path, b"again")
+        again.commit()
+    assert {path.read_bytes() for path in places} == {b"again"}
+
+
+def test_two_that_replace_at_once_mix_nothing(tmp_path):
+    places = [tmp_path / f"{name}.nii" for name in "abcdefgh"]
+    start = threading.Barrier(4)
+
+    def replace(content):
+        for _ in range(10):
+            with Outputs(places, overwrite=True) as outputs:
+                for path in places:
+                    write(outputs, path, content)
+                start.wait()
+                outputs.commit()
+
+    threads = [threading.Thread(target=replace, args=(bytes([65 + i]),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({path.read_bytes() for path in places}) == 1
+    assert sorted(tmp_path.iterdir()) == places
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["", "no links"])
+def test_a_rename_that_fails_takes_back_those_before_it(tmp_path, monkeypatch, links):
+    old, new, bad = (tmp_path / f"{name}.nii" for name in ("old", "new", "bad"))
+    old.write_bytes(b"before")
+    replace = os.replace
+
+    def fails(source, target):
+        if target == bad:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(nifti.os, "replace", fails)
+    if not links:
+        monkeypatch.setattr(nifti.os, "link", refuse)
+    with Outputs([new, old, bad], overwrite=True) as outputs:
+        for path in (new, old, bad):
+            write(outputs, path, b"after")
+        with pytest.raises(OutputError, match=r"bad\.nii cannot be written: Input/output error"):
+            outputs.commit()
+    assert list(tmp_path.iterdir()) == [old]
+    # Without a second name what was there is gone: the new file is better than none.
+    assert old.read_bytes() == (b"before" if links else b"after")
+
+
+def test_a_link_to_nothing_is_there_already(tmp_path):
+    link = tmp_path / "a.nii"
+    link.symlink_to("annex/a.nii")
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(link, overwrite=False)
+    with Outputs([link], overwrite=True) as outputs:
+        write(outputs, link, b"new")
+        outputs.commit()
+    assert link.read_bytes() == b"new"
+    assert not link.is_symlink()
+
+
+def test_long_names_are_written_or_refused_before_work(tmp_path):
+    name = tmp_path / f"{'a' * 248}.nii.gz"
+    with Outputs([name], overwrite=False) as outputs:
+        write(outputs, name, b"new")
+        outputs.commit()
+    assert name.read_bytes() == b"new"
+    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+        check_output(tmp_path / f"{'a' * 250}.nii.gz", overwrite=False)

@@ -17,14 +17,15 @@ HEADER = 348
 LIMIT_BYTES = 64 << 20
 
 
-def original(dtype=np.int16) -> bytes:
-    data = np.arange(8 * 9 * 7, dtype=dtype).reshape(8, 9, 7)
-    image = nib.Nifti1Image(data, np.diag([-1.0, 1.2, 2.0, 1.0]))
+def original(image_class=nib.Nifti1Image) -> bytes:
+    data = np.arange(8 * 9 * 7, dtype=np.int16).reshape(8, 9, 7)
+    image = image_class(data, np.diag([-1.0, 1.2, 2.0, 1.0]))
     image.set_qform(image.affine, code=1)
     return bytes(image.to_bytes())
 
 
 ORIGINAL = original()
+ORIGINAL_2 = original(nib.Nifti2Image)
 place = st.integers(0, len(ORIGINAL) - 1)
 in_header = st.integers(0, HEADER + 3)
 changes = st.lists(st.tuples(st.one_of(in_header, place), st.integers(0, 255)), max_size=8)
@@ -98,6 +99,36 @@ def test_a_plain_file(tmp_path, caplog, changes, fields, cut, kind):
 def test_a_packed_file(tmp_path, caplog, changes, fields, cut):
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(mutated(changes, fields, cut), mtime=0))
     read(tmp_path / "a.nii.gz")
+
+
+# Bytes of bitpix, pixdim, vox_offset, scl_slope and scl_inter, and of the extender.
+LAYOUT = {
+    False: (ORIGINAL, 352, [*range(72, 92), *range(108, 120), *range(348, 352)]),
+    True: (ORIGINAL_2, 544, [14, 15, *range(112, 136), *range(168, 192), *range(540, 544)]),
+}
+INTERESTING = st.sampled_from([0, 1, 16, 63, 64, 67, 96, 127, 128, 176, 191, 192, 240, 255])
+
+
+@quick
+@given(
+    st.booleans(), st.booleans(), st.lists(st.tuples(st.integers(0, 99), INTERESTING), max_size=3)
+)
+@example(False, False, [(22, 0), (23, 0)])  # the voxels begin at byte 0
+@example(False, True, [(22, 0), (23, 0)])
+def test_other_bytes_are_never_taken_for_the_voxels(tmp_path, caplog, packed, second, changes):
+    """Whatever a header says of its own layout: the file's values, scaled as it says, or none."""
+    content, begin, places = LAYOUT[second]
+    content = bytearray(content)
+    for index, value in changes:
+        content[places[index % len(places)]] = value
+    path = tmp_path / ("a.nii.gz" if packed else "a.nii")
+    path.write_bytes(gzip.compress(bytes(content), mtime=0) if packed else bytes(content))
+    volume = read(path, "values")
+    if volume is None:
+        return
+    slope, inter = nib.load(path).dataobj.slope, nib.load(path).dataobj.inter
+    stored = np.frombuffer(content[begin:], "<i2").astype(np.float64)
+    np.testing.assert_array_equal(volume.data.ravel("F"), stored * slope + inter)
 
 
 @quick

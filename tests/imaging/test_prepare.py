@@ -10,6 +10,7 @@ import pytest
 from _support.brains import GEOMETRIES, grid_affine, real_brain, save_brain
 from ulae_rt.cli import main
 from ulae_rt.errors import UsageError
+from ulae_rt.files import locked_run
 from ulae_rt.prepare import find_scans
 
 SHAPE = ["--shape", "64", "80", "64"]
@@ -77,6 +78,7 @@ def test_scans_are_brought_to_the_template_and_back(samples, tmp_path, capsys):
     assert "error: 1 of 2 scans failed: bad" in said.err
     assert "1 of 2 scans prepared" in said.out
     assert sorted(p.name for p in out.iterdir()) == [
+        ".lock",
         "a.nii.gz",
         "a_affine.txt",
         "a_labels.nii.gz",
@@ -151,4 +153,83 @@ def test_labels_beyond_16_bits_fail_that_scan_alone(tmp_path, capsys):
     assert (
         "labels from 0 to 70000" in json.loads((out / "prepared.json").read_text())["failed"]["a"]
     )
-    assert os.listdir(out) == ["prepared.json"]
+    assert sorted(os.listdir(out)) == [".lock", "prepared.json"]
+
+
+def scans(path):
+    return [(scan.name, scan.image.name, scan.labels) for scan in find_scans(path)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"id,image,label\nx,a.nii,s.nii\n", "the column 'label' is unknown"),
+        (b"id,image,image\nx,a.nii,b.nii\n", "has the column image twice"),
+        (b"id,labels\nx,a.nii\n", "has no column image, found id, labels"),
+        (b"id;image;labels\nx;a.nii;s.nii\n", "line 1: its columns are separated by semicolons"),
+        (b"a.nii;s.nii\n", "line 1: its columns are separated by semicolons, expected commas"),
+        (b"a,b.nii,s.nii\n", "line 1: has 3 columns, expected 2 at most"),
+        (b"id,image\nx,a,b.nii\n", "line 2: has 3 columns, expected 2 at most"),
+        (b"id,image\nx,\n", "line 2: has a row without an image"),
+        (b'id,image\nx,"a.nii\n', "is no readable list: line 2: is no CSV: unexpected end"),
+        (b"id,image\nx,a\0.nii\n", "is no readable list: it has a zero byte in line 2"),
+        ("id,image\nx,a.nii\n".encode("utf-16"), "it is UTF-16 text, expected UTF-8"),
+        (b"id,image\nx,\xe4.nii\n", "it is not UTF-8 text: line 2"),
+        (b"id,image\n../x,a.nii\n", "a scan named '../x', which cannot name its files"),
+        (b"id,image\n.x,a.nii\n", "a scan named '.x', which cannot name its files"),
+        (b"id,image\nx_labels,a.nii\n", "a scan named x_labels, as a label map is called"),
+        (b"id,image\nx,a.nii\nX,b.nii\n", "more than one scan named X, x"),
+        (b"x" * 140_000, "is no readable list: line 1: is no CSV: field larger than"),
+    ],
+)
+def test_lists_that_would_be_misread(tmp_path, text, message):
+    touch(tmp_path, "a.nii", "b.nii", "s.nii")
+    (tmp_path / "list.csv").write_bytes(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        find_scans(tmp_path / "list.csv")
+    assert caught.value.hint
+
+
+def test_hints_of_lists_of_scans_work(tmp_path):
+    touch(tmp_path, "a,b.nii", "s.nii", "b.nii")
+    right = [("x", "a,b.nii", tmp_path / "s.nii")]
+    for wrong, hint, mended in (
+        (
+            "a,b.nii,s.nii\n",
+            "quote paths with a comma in them",
+            'id,image,labels\nx,"a,b.nii",s.nii',
+        ),
+        ("id;image\n", "with commas", 'id, image, labels\nx, "a,b.nii", s.nii'),
+        ("id,image,label\n", "write it labels, or rename it", 'id,image,labels\nx,"a,b.nii",s.nii'),
+        ("id,image\n/x,b.nii\n", "an id has up to 200", 'id,image,labels\nx,"a,b.nii",s.nii'),
+        (
+            "b.nii\n./b.nii\n",
+            "with the columns id,image,labels",
+            'id,image,labels\nx,"a,b.nii",s.nii',
+        ),
+    ):
+        (tmp_path / "list.csv").write_text(wrong)
+        with pytest.raises(UsageError) as caught:
+            find_scans(tmp_path / "list.csv")
+        assert hint in caught.value.hint
+        (tmp_path / "list.csv").write_text("\ufeff" + mended, encoding="utf-8")
+        assert scans(tmp_path / "list.csv") == right
+
+
+def test_a_second_run_into_one_folder_is_told(tmp_path, capsys):
+    template = save_brain(tmp_path / "t.nii.gz", *GEOMETRIES["LAS"])
+    command = ["prepare", str(template), "-o", str(tmp_path / "o"), "--template", str(template)]
+    command += [*SHAPE, "--affine", "none"]
+    with locked_run(tmp_path / "o"):
+        assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "another run is writing to" in said
+    assert "hint: wait for it, stop it, or take another folder" in said
+    assert main(command) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, capsys):
+    template = save_brain(tmp_path / "t.nii.gz", *GEOMETRIES["LAS"])
+    command = ["prepare", str(template), "-o", str(template), "--template", str(template), *SHAPE]
+    assert main(command) == 1
+    assert "t.nii.gz cannot be written to: File exists" in capsys.readouterr().err

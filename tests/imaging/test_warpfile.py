@@ -13,7 +13,7 @@ from ulae_rt.imaging import warpfile
 from ulae_rt.imaging.grid import Grid, grid_of
 from ulae_rt.imaging.nifti import read_volume, volume_from_array
 from ulae_rt.imaging.transform import warp_image
-from ulae_rt.imaging.warpfile import WARP_FORMATS, Warp, read_warp
+from ulae_rt.imaging.warpfile import WARP_FORMATS, Warp, read_warp, stated_format
 
 FILES = [*((fmt, "w.nii.gz") for fmt in WARP_FORMATS), ("l2r", "w.npz")]
 SMALL, AFFINE = grid_affine((10, 12, 14), (2, 1, 1.3), "PSR")
@@ -188,6 +188,154 @@ def absolute(kind):
     return {"ras": ras, "lps": ras * [-1, -1, 1], "voxel": index + 0.5}[kind].astype(np.float32)
 
 
+@pytest.mark.parametrize("intent", range(2006, 2010))
+@pytest.mark.parametrize("fmt", [None, *WARP_FORMATS])
+@pytest.mark.parametrize("five", [False, True], ids=["4-D", "5-D"])
+def test_files_of_fsl_are_refused_whatever_is_said(tmp_path, intent, fmt, five):
+    """They were read as RAS mm, 16 mm off."""
+    disp = np.random.default_rng(0).normal(size=(*SMALL, 3)).astype(np.float32)
+    data = disp[:, :, :, None] if five else disp
+    path = save_field(tmp_path / "w.nii.gz", data, intent=intent)
+    for read in (lambda: read_warp(path, fmt, volume()), lambda: stated_format(path)):
+        with pytest.raises(ImageError, match=rf"a file of FSL's: .*intent {intent}") as caught:
+            read()
+        assert "wb_command -convert-warpfield -from-fnirt" in caught.value.hint
+
+
+def save_niftyreg(path, disp, kind, affine=AFFINE):
+    """As NiftyReg's reg_transform writes it."""
+    image = nib.Nifti1Image(disp[:, :, :, None], affine)
+    image.header.set_intent(1007, name="NREG_TRANS", allow_unknown=True)
+    image.header["intent_p1"] = kind
+    nib.save(image, path)
+    return path
+
+
+def test_a_displacement_of_niftyreg_is_ras(tmp_path):
+    disp = np.random.default_rng(0).normal(size=(*SMALL, 3)).astype(np.float32)
+    path = save_niftyreg(tmp_path / "w.nii.gz", disp, 1)
+    assert stated_format(path) == "ras"
+    for fmt in (None, "ras"):
+        np.testing.assert_array_equal(read_warp(path, fmt).disp, disp)
+    with pytest.raises(UsageError, match="is a warp of format ras, not itk"):
+        read_warp(path, "itk")
+
+
+@pytest.mark.parametrize(
+    ("kind", "holds"),
+    [
+        (0, "positions"), (2, "a grid of cubic splines"), (3, "a velocity field of positions"),
+        (4, "a velocity field of displacements"), (5, "a velocity grid"), (6, "a grid of linear"),
+        (7, "what is unknown here"), (0.5, "what is unknown here"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("fmt", [None, "itk", "ras"])
+def test_what_else_niftyreg_writes_is_refused_by_name(tmp_path, kind, holds, fmt):
+    """Zeros: nothing but the header tells."""
+    path = save_niftyreg(tmp_path / "w.nii.gz", FIELD, kind)
+    with pytest.raises(ImageError, match=f"of NiftyReg's that holds {holds}") as caught:
+        read_warp(path, fmt, volume())
+    assert "reg_transform -ref FIXED -disp" in caught.value.hint
+
+
+def test_spm_s_mapping_is_positions_whatever_it_holds(tmp_path):
+    path = save_field(tmp_path / "y_w.nii", FIELD[:, :, :, None], intent=1007, name="Mapping")
+    with pytest.raises(ImageError, match="holds positions, as SPM"):
+        read_warp(path)
+
+
+def test_a_file_of_afni_s_is_named_and_the_hint_works(tmp_path):
+    """3dQwarp: 5-D, no intent, an extension of AFNI's own, LPS mm (AFNI's RAI)."""
+    disp = np.random.default_rng(0).normal(size=(*SMALL, 3)).astype(np.float32)
+    image = nib.Nifti1Image((disp * [-1, -1, 1]).astype(np.float32)[:, :, :, None], AFFINE)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(4, b"<AFNI_attributes/>"))
+    nib.save(image, tmp_path / "w.nii")
+    with pytest.raises(ImageError, match="is a file of AFNI's with intent 0") as caught:
+        read_warp(tmp_path / "w.nii")
+    assert "-mod_field intent_code 1007" in caught.value.hint
+    image.header["intent_code"] = 1007  # what nifti_tool does
+    nib.save(image, tmp_path / "w.nii")
+    np.testing.assert_array_equal(read_warp(tmp_path / "w.nii").disp, disp)
+
+
+@pytest.mark.parametrize("kind", ["ras", "lps", "voxel", "one", "mm"])
+@pytest.mark.parametrize("fmt", ["ras", "voxel", "l2r", "itk"])
+@pytest.mark.parametrize("part", [np.s_[:], np.s_[4:6, 5:7, 8:10], np.s_[3:6, 3:7, 3:8]])
+def test_positions_of_any_unit_and_in_a_crop_are_no_displacement(tmp_path, kind, fmt, part):
+    """A third of them were read: their slope is not 1 in the unit that was said."""
+    shape, affine = grid_affine((24, 26, 28), (0.6, 1, 2.2), "PSR", centre=(20, -30, 40))
+    index = np.moveaxis(np.indices(shape), 0, -1)
+    ras = world(shape, affine)
+    positions = {
+        "ras": ras, "lps": ras * [-1, -1, 1], "voxel": index, "one": index + 1,
+        "mm": index * np.linalg.norm(affine[:3, :3], axis=0),
+    }[kind]  # fmt: skip
+    bump = np.sin(index / 3)  # a deformation whose slope is steep
+    data = (positions + bump).astype(np.float32)[part]
+    first = [cut.start or 0 for cut in part] if isinstance(part, tuple) else [0, 0, 0]
+    cropped = affine @ nib.affines.from_matvec(np.eye(3), first)
+    if kind in ("voxel", "one", "mm"):  # of the crop itself
+        data = (positions + bump * 0.2)[tuple(slice(n) for n in data.shape[:3])].astype(np.float32)
+    data, options = (data[:, :, :, None], {"intent": 1007}) if fmt == "itk" else (data, {})
+    path = save_field(tmp_path / "w.nii", data, cropped, **options)
+    with pytest.raises(ImageError, match="holds positions"):
+        read_warp(path, fmt, volume(data.shape[:3], cropped))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [(np.complex64, "holds complex64"), ([("R", "u1"), ("G", "u1"), ("B", "u1")], "colours")],
+)
+def test_numbers_that_are_none_are_refused(tmp_path, dtype, message):
+    path = save_field(tmp_path / "w.nii", np.zeros((*SMALL, 3), dtype))
+    with pytest.raises(ImageError, match=message):
+        read_warp(path, "ras")
+
+
+def test_doubles_beyond_single_precision_are_infinite(tmp_path):
+    disp = np.zeros((*SMALL, 3))
+    disp[0, 0, 0] = 1e200
+    with pytest.raises(ImageError, match="NaN or Inf displacements"):
+        read_warp(save_field(tmp_path / "w.nii", disp), "ras")
+    np.savez(tmp_path / "w.npz", disp)
+    with pytest.raises(ImageError, match="NaN or Inf displacements"):
+        read_warp(tmp_path / "w.npz", fixed=volume())
+
+
+def test_the_hints_of_formats_and_fixed_images_work(tmp_path):
+    disp = np.random.default_rng(0).normal(size=(*SMALL, 3)).astype(np.float32)
+    named = save_field(tmp_path / "r.nii.gz", disp, name="disp-ras-mm")
+    with pytest.raises(UsageError) as caught:
+        read_warp(named, "voxel")
+    assert caught.value.hint == "leave the format out"
+    read_warp(named)
+    np.savez(tmp_path / "w.npz", disp)
+    with pytest.raises(UsageError) as caught:
+        read_warp(tmp_path / "w.npz")
+    assert caught.value.hint == "read it with fixed="
+    read_warp(tmp_path / "w.npz", fixed=volume())
+    with pytest.raises(UsageError) as caught:
+        Warp(disp, volume()).save(tmp_path / "l.npz", "l2r")
+    assert caught.value.hint == "give Warp(disp, grid, moving)"
+    Warp(disp, volume(), Grid(SMALL, AFFINE)).save(tmp_path / "l.npz", "l2r")
+    # Voxels of another grid: written as ras, they are used on it.
+    Warp(disp, volume()).save(tmp_path / "v.nii.gz", "voxel")
+    other = volume((4, 5, 6))
+    with pytest.raises(GeometryError) as caught:
+        read_warp(tmp_path / "v.nii.gz", fixed=other)
+    assert "or write the warp as itk or ras" in caught.value.hint
+    for fmt in ("itk", "ras"):
+        Warp(disp, volume()).save(tmp_path / f"{fmt}.nii.gz", fmt)
+        read_warp(tmp_path / f"{fmt}.nii.gz", fixed=other)
+    # Positions, less each voxel's own.
+    path = save_field(tmp_path / "y.nii", (world(SMALL, AFFINE) + disp).astype(np.float32))
+    with pytest.raises(ImageError) as caught:
+        read_warp(path, "ras")
+    assert "subtract each voxel's own position" in caught.value.hint
+    data = np.asarray(nib.load(path).dataobj) - world(SMALL, AFFINE)
+    read_warp(save_field(tmp_path / "u.nii", data.astype(np.float32)), "ras")
+
+
 FIELD = np.zeros((*SMALL, 3), np.float32)
 NAN = np.full((*SMALL, 1, 3), np.nan, np.float32)
 
@@ -198,7 +346,12 @@ NAN = np.full((*SMALL, 1, 3), np.nan, np.float32)
         (FIELD[..., 0], {}, None, "expected XxYxZx1x3 or XxYxZx3"),
         (np.zeros((*SMALL, 20), np.float32), {}, None, "expected XxYxZx1x3 or XxYxZx3"),
         (FIELD[:, :, :, None], {}, None, "intent 0, expected 1007"),
-        (FIELD[:, :, :, None], {"intent": 1006}, None, "intent 1006, expected 1007"),
+        (
+            FIELD[:, :, :, None],
+            {"intent": 1006},
+            None,
+            "intent 1006, which ITK reads with x and y flipped, expected",
+        ),
         (NAN, {"intent": 1007}, None, "NaN or Inf displacements"),
         (absolute("ras")[:, :, :, None], {"intent": 1007}, None, "holds positions, as SPM"),
         (absolute("lps")[:, :, :, None], {"intent": 1007}, None, "holds positions, as SPM"),

@@ -45,6 +45,7 @@ LAYERS = {
     "ulae_rt.reports": "leaves",
     "ulae_rt.result": "runtime",
     "ulae_rt.samples": "leaves",
+    "ulae_rt.strict_csv": "leaves",
     "ulae_rt.strict_json": "leaves",
     "ulae_rt.train": "commands",
     "ulae_rt.training": "training",

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 
 from _support.tolerances import TOL, assert_close
 from ulae_rt import cli
-from ulae_rt.errors import ConfigError
+from ulae_rt.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from ulae_rt.files import locked_run
 from ulae_rt.losses import Loss
 from ulae_rt.manifest import sha256
 from ulae_rt.model import load_model
@@ -283,6 +286,27 @@ def test_learning_rate() -> None:
         ("[data]\ntrain='x'\n[output]\nfolder='r'\n[run]\ndevice='gpu'", "run.device: .*'gpu'"),
         ("[data]\ntrain='x'\npool=3\n[output]\nfolder='r'", "data.pool: "),
         ("[data]\ntrain='x'\n[output]\nfolder='r'\n[optimiser]\nlr=-1.0", "optimiser.lr: "),
+        ("[data]\ntrain='x'\n[output]\nfolder='r'\n[optimiser]\nlr=inf", "optimiser.lr: .*finite"),
+        ("[data]\ntrain='x'\n[output]\nfolder='r'\n[loss]\ngamma=nan", "loss.gamma: "),
+        ("[data]\ntrain='x'\n[output]\nfolder='r'\n[optimiser]\nsteps=true", "expected no boolean"),
+        (
+            "[data]\ntrain='x'\n[output]\nfolder='r'\n[augment]\nscale=[1.1,0.9]",
+            "smaller one first",
+        ),
+        ("[data]\ntrain='x'\nval_pairs=3\n[output]\nfolder='r'", "data.val_pairs has no effect"),
+        (
+            "[data]\ntrain='x'\n[output]\nfolder='r'\nvalidate_every=3",
+            "output.validate_every has no",
+        ),
+        (
+            "[data]\ntrain='x'\n[output]\nfolder='r'\n[optimiser]\nlr=1e-4\nlr_final=1e-3",
+            "is above",
+        ),
+        (
+            "[data]\ntrain='x'\n[output]\nfolder='r'\n[run]\ndevice='cpu'\ncuda_graph=true",
+            "run.cuda_graph has no effect on the CPU",
+        ),
+        ("a = " + "[" * 50_000, "not valid TOML|nested too deep"),
     ],
 )
 def test_bad_configurations(tmp_path: Path, text: str, message: str) -> None:
@@ -290,6 +314,108 @@ def test_bad_configurations(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_config(path)
+
+
+def test_encodings_of_a_configuration(tmp_path: Path) -> None:
+    path, text = tmp_path / "c.toml", "[data]\ntrain='x'\n[output]\nfolder='r'"
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ConfigError, match="it is UTF-16 text, expected UTF-8") as caught:
+        read_config(path)
+    assert caught.value.hint == "save it as UTF-8"
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert read_config(path).data.train == tmp_path / "x"
+
+
+def test_two_runs_into_one_folder(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read_config(write_config(tmp_path / "c.toml", scans, 1))
+    with locked_run(tmp_path / "run"), pytest.raises(OutputError, match="another run is writing"):
+        Trainer(config, resume=False).run(lambda _: None)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    # Two that were both started before either had written anything.
+    first, second = (Trainer(config, resume=False) for _ in range(2))
+    first.run(lambda _: None)
+    before = (tmp_path / "run" / loop.STATE_FILE).read_bytes()
+    with pytest.raises(TrainingError, match=r"another run has written to .* since") as caught:
+        second.run(lambda _: None)
+    assert (tmp_path / "run" / loop.STATE_FILE).read_bytes() == before
+    assert "add --resume to go on with it" in caught.value.hint
+    # The hint, and what it says when nothing is left to do.
+    with pytest.raises(
+        CheckpointError, match=r"has done 1 steps, and optimiser.steps is 1"
+    ) as caught:
+        Trainer(config, resume=True)
+    assert caught.value.hint == "set more steps: --set optimiser.steps=N"
+    more = ["train", str(tmp_path / "c.toml"), "--set", "optimiser.steps=2", "--resume"]
+    assert cli.main(more) == 0
+    assert load_model(tmp_path / "run" / loop.WEIGHTS_FILE).metadata.recipe["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: {"model": state["model"]}, "is no state of a training run"),
+        (lambda state: {**state, "config": "{}"}, "is no state of a training run"),
+        (lambda state: {**state, "step": "many"}, "is no state of a training run"),
+        (lambda state: {**state, "optimiser": []}, "is no state of a training run"),
+        (lambda state: {**state, "model": {}}, "is no state of a training run"),
+        (lambda state: {**state, "random": torch.zeros(3)}, "is no state of a training run"),
+    ],
+)
+def test_a_state_that_is_none_is_said(
+    trained: Path, tmp_path: Path, damage: Callable[[dict[str, object]], object], message: str
+) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "run" / loop.STATE_FILE
+    torch.save(damage(read_torch(path)), path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Trainer(read_config(tmp_path / "c.toml", ["optimiser.steps=3"]), resume=True)
+    assert caught.value.hint
+
+
+@pytest.fixture(scope="module")
+def trained(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a configuration and its run of one step."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert cli.main(["train", str(write_config(folder / "c.toml", scans, 1))]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("text", ["step,loss\nmany,1\n", "a,b\n1,2\n", "step\n1\n\0", "\xff"])
+def test_a_log_that_is_none_is_said_and_the_hint_works(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    log = tmp_path / "run" / loop.LOG_FILE
+    log.write_text(text, encoding="latin-1")
+    command = ["train", str(tmp_path / "c.toml"), "--set", "optimiser.steps=2", "--resume"]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert "log.csv: is no log of this run" in said
+    assert "hint: move it away: a new one begins at this step" in said
+    log.rename(tmp_path / "moved.csv")
+    assert cli.main(command) == 0
+
+
+def test_a_full_disk_is_said(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(content: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "run" / loop.STATE_FILE).read_bytes()
+    monkeypatch.setattr(loop.torch, "save", full)
+    command = ["train", str(tmp_path / "c.toml"), "--set", "optimiser.steps=2", "--resume"]
+    assert cli.main(command) == 1
+    assert "state.pt cannot be written: PytorchStreamWriter failed" in capsys.readouterr().err
+    assert (tmp_path / "run" / loop.STATE_FILE).read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.part"))
 
 
 def test_a_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,6 @@
 """The list of pairs: a CSV or JSON file with one row for each."""
 
-import csv
 import difflib
-import io
 import json
 import re
 from collections import Counter
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from ulae_rt.errors import PairsError, UsageError
+from ulae_rt.strict_csv import csv_rows, decode_text, separator
+from ulae_rt.strict_json import parse_json
 
 REQUIRED = ("id", "moving", "fixed")
 # A pair's files lie in a folder of its name.
@@ -70,12 +70,20 @@ def read_pairs(path: Path) -> list[Pair]:
     if path.suffix.lower() not in (".csv", ".json"):
         raise PairsError(f"{path} is no list of pairs, expected .csv or .json", _FORM)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Excel begins its files with a mark
+        text = decode_text(path.read_bytes())
     except FileNotFoundError:
+        if path.is_symlink():
+            raise PairsError(
+                f"{path} is a link to {path.readlink()}, which does not exist",
+                "get the file that it leads to, or set the link right",
+            ) from None
         raise PairsError(f"{path} does not exist", "check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PairsError(f"{path} cannot be read: {reason}", "check the file") from None
+    except OSError as error:
+        raise PairsError(f"{path} cannot be read: {error.strerror}", "check the file") from None
+    except ValueError as error:
+        raise PairsError(
+            f"{path} cannot be read: {error}", "save it as UTF-8; Excel calls it 'CSV UTF-8'"
+        ) from None
     rows = list(_rows_of_csv(path, text) if path.suffix.lower() == ".csv" else _of_json(path, text))
     if not rows:
         raise PairsError(f"{path} has no pairs", _FORM)
@@ -98,14 +106,17 @@ _FORM = "give a CSV file with the columns id,moving,fixed, or a JSON array of su
 
 
 def _rows_of_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv_rows(text)
     try:
-        header = [name.strip() for name in next(reader, [])]
+        number, header = next(rows, (0, []))
+        if found := separator(",".join(header)) if len(header) == 1 else None:
+            raise PairsError(
+                f"{path}, line {number}: its columns are separated by {found}, expected commas",
+                "save it as CSV with commas; Excel writes the list separator of the system",
+            )
         _check_columns(str(path), header)
-        for cells in reader:
-            where = f"line {reader.line_num}"
-            if not any(cell.strip() for cell in cells):
-                continue
+        for number, cells in rows:
+            where = f"line {number}"
             if len(cells) != len(header):
                 raise PairsError(
                     f"{path}, {where}: has {len(cells)} columns, expected {len(header)} as in the "
@@ -113,14 +124,16 @@ def _rows_of_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     "quote paths with a comma in them",
                 )
             yield where, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise PairsError(f"{path}, line {reader.line_num}: is no CSV: {error}", _FORM) from None
+    except ValueError as error:
+        if isinstance(error, PairsError):
+            raise
+        raise PairsError(f"{path}, {error}", _FORM) from None
 
 
 def _of_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise PairsError(f"{path} is no JSON: {error}", _FORM) from None
     rows = content.get("pairs") if isinstance(content, dict) else content
     if not isinstance(rows, list):
@@ -159,8 +172,11 @@ def _pair(where: str, row: dict[str, Any], folder: Path) -> Pair:
             value = str(value)
         if value is not None and not isinstance(value, str):
             raise PairsError(f"{where}: {name} is {value!r}, expected text", _FORM)
-        if "\0" in (value or ""):
-            raise PairsError(f"{where}: {name} has a zero byte in it", _FORM)
+        if any(ord(sign) < 32 for sign in (value or "").strip()):
+            raise PairsError(
+                f"{where}: {name} has a control character in it: {value!r}",
+                "check the file; a name of a file has no line breaks",
+            )
         if value and value.strip():
             values[name] = value.strip()
         elif name in REQUIRED:

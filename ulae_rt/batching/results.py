@@ -2,20 +2,22 @@
 
 import contextlib
 import copy
-import fcntl
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from ulae_rt.batching.pairs import Pair, Shard
+from ulae_rt.batching.pairs import PATHS, Pair, Shard
 from ulae_rt.errors import OutputError, PairsError
+from ulae_rt.files import LOCK_FILE, lock_file
 from ulae_rt.imaging.nifti import output_error
+from ulae_rt.strict_json import parse_json
 
 PAIRS = "pairs"
 PART = ".part"
@@ -70,8 +72,8 @@ class Row:
     host: str = ""
 
     def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
+        """One line; a number that is not finite, which JSON has not, becomes null."""
+        return json.dumps(_finite(asdict(self)), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -80,16 +82,86 @@ class Row:
         Raises:
             ValueError: if it is something else.
         """
-        values = json.loads(text)
+        values = parse_json(text)
         known = {each.name for each in fields(cls)}
         if not isinstance(values, dict) or not {"id", "status", "inputs"} <= values.keys() <= known:
             raise ValueError("no row of results")
+        for name, value in values.items():
+            if not _FIELDS[name](value):
+                raise ValueError(f"its {name} is {json.dumps(value)[:40]}")
         return cls(**values)
 
     @property
     def pair(self) -> Pair:
-        """What was registered."""
+        """What was registered.
+
+        Raises:
+            PairsError: the row does not say it.
+        """
+        if missing := {"moving", "fixed"} - self.inputs.keys():
+            raise PairsError(
+                f"the pair {self.id} has no {min(missing)} image in its row of results",
+                "give results.jsonl as 'ulae-rt batch' wrote it",
+            )
         return Pair.from_paths(self.id, self.inputs)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+def _is_inputs(value: Any) -> bool:
+    return _is_texts(value) and value.keys() <= set(PATHS)
+
+
+def _is_matrix(value: Any) -> bool:
+    rows = value if isinstance(value, list) else []
+    return value is None or (
+        len(rows) == 4
+        and all(
+            isinstance(row, list) and len(row) == 4 and all(map(_is_number, row)) for row in rows
+        )
+    )
+
+
+# What each field of a row may hold.
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "id": lambda value: _is_text(value) and re.fullmatch(r"[^/\0]+", value) and value[0] != ".",
+    "status": lambda value: value in get_args(Status),
+    "inputs": _is_inputs,
+    "outputs": _is_texts,
+    "seconds": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "affine": _is_matrix,
+    "warnings": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    **dict.fromkeys(
+        (
+            "similarity_before", "similarity_after", "folding_percent", "folding_image_percent",
+            "inverse_consistency_mm", "lncc_network", "lncc_refined",
+        ),
+        _is_number_or_none,
+    ),
+    **dict.fromkeys(("error", "hint", "traceback", "finished", "host"), _is_text),
+}  # fmt: skip
 
 
 class ResultsFolder:
@@ -282,7 +354,7 @@ class ResultsFolder:
         finally:
             hidden.unlink()
         try:
-            there = json.loads(path.read_text())
+            there = parse_json(path.read_bytes())
             names = [name for name in self._settings if there.get(name) != self._settings[name]]
         except (ValueError, AttributeError):
             raise PairsError(f"{path} is damaged", "remove the folder, or take another") from None
@@ -303,15 +375,7 @@ class ResultsFolder:
 
     def _lock(self, suffix: str, *, shared: bool) -> None:
         """Held by the open file, so that it goes with the process however that ends."""
-        handle = os.open(self.path / f".lock{suffix}", os.O_RDWR | os.O_CREAT, 0o666)
-        self._locks.append(handle)
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another run is writing to {self.path}",
-                "wait for it, stop it, or take another folder",
-            ) from None
+        self._locks.append(lock_file(self.path / f"{LOCK_FILE}{suffix}", shared=shared))
 
     def _unlock(self) -> None:
         while self._locks:
@@ -334,7 +398,7 @@ def _differs(row: Row, pair: Pair, name: str) -> bool:
     return row.inputs.get(name) != (None if path is None else str(path))
 
 
-_RESULTS = re.compile(r"results(-\d+-of-\d+)?\.jsonl")
+_RESULTS = re.compile(r"results(-\d+-of-(\d+))?\.jsonl")
 
 
 def read_results(path: Path) -> list[Row]:
@@ -344,10 +408,11 @@ def read_results(path: Path) -> list[Row]:
     left out.
 
     Raises:
-        PairsError: nothing there, or a line that is none of results.
+        PairsError: nothing there, a line that is none of results, or the shards of two runs.
     """
     if path.is_dir():
         files = sorted(each for each in path.iterdir() if _RESULTS.fullmatch(each.name))
+        _check_one_run(path, files)
     else:
         files = [path] if path.exists() else []
     if not files:
@@ -363,8 +428,38 @@ def read_results(path: Path) -> list[Row]:
     return list(rows.values())
 
 
+def _check_one_run(folder: Path, files: Sequence[Path]) -> None:
+    """Refuse files of results that cannot be of one run, as `ResultsFolder` writes them."""
+    matches = [(path.name, _RESULTS.fullmatch(path.name)) for path in files]
+    counts = {match[2]: name for name, match in matches if match and match[2]}
+    if len(counts) > 1:
+        names = sorted(counts.values())
+        raise PairsError(
+            f"{folder} holds results of two runs: {names[0]} and {names[1]}",
+            "move those of one run into a folder of their own",
+        )
+    settings = folder / SETTINGS
+    if not counts or not settings.exists():
+        return
+    try:
+        there = parse_json(settings.read_bytes())
+        shards = there.get("shards")  # only of runs of `batch`
+    except (OSError, ValueError, AttributeError):
+        raise PairsError(
+            f"{settings} is damaged", "register into another folder; these results are of no run"
+        ) from None
+    if shards is not None and str(shards) not in counts:
+        raise PairsError(
+            f"{folder} holds {next(iter(counts.values()))}, and its run had {shards} shards",
+            "move the results of other runs into a folder of their own",
+        )
+
+
 def _rows(file: Path) -> Iterator[Row]:
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise PairsError(f"{file} cannot be read: {error.strerror}", "check the file") from None
     for number, line in enumerate(lines, 1):
         try:
             if line:

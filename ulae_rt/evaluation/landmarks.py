@@ -1,11 +1,9 @@
 """Landmarks: named points in the world of a scan, and how far a warp misses them."""
 
-import csv
-import io
-import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -14,6 +12,8 @@ from numpy.typing import NDArray
 from ulae_rt.errors import EvaluationError
 from ulae_rt.imaging.grid import Grid, to_sitk
 from ulae_rt.imaging.transform import LPS_SIGNS, Displacement
+from ulae_rt.strict_csv import csv_rows, decode_text, separator
+from ulae_rt.strict_json import parse_json
 
 Points = dict[str, NDArray[np.float64]]
 
@@ -42,11 +42,13 @@ def read_landmarks(path: Path) -> Points:
     if reader is None:
         raise EvaluationError(f"{path} is no file of landmarks", _HINT)
     try:
-        rows = reader(path.read_text("utf-8-sig"))
+        rows = reader(decode_text(path.read_bytes()))
         points = [(name.strip(), np.array(at, np.float64)) for name, at in rows]
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error.strerror}", "check it") from None
-    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+    except KeyError as error:
+        raise EvaluationError(f"{path} is no file of landmarks: no {error}", _HINT) from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise EvaluationError(f"{path} is no file of landmarks: {error}", _HINT) from None
     if not points:
         raise EvaluationError(f"{path} has no landmarks", _HINT)
@@ -63,35 +65,76 @@ _Rows = list[tuple[str, list[float]]]
 
 
 def _of_csv(text: str) -> _Rows:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    names = [name.strip() for name in reader.fieldnames or ()]
-    reader.fieldnames = names
+    rows = csv_rows(text)
+    _, names = next(rows, (0, []))
+    if len(names) == 1 and (found := separator(names[0])):
+        raise ValueError(f"its columns are separated by {found}, expected commas")
     if missing := [name for name in _COLUMNS if name not in names]:
         raise ValueError(f"it has no column {missing[0]}")
-    return [(row["id"], [float(row[axis]) for axis in "xyz"]) for row in reader]
+    return list(_points(names, rows, "id"))
+
+
+def _points(
+    names: Sequence[str], rows: Iterator[tuple[int, list[str]]], label: str
+) -> Iterator[tuple[str, list[float]]]:
+    """The points of the rows, whose number of cells must be the header's.
+
+    A comma too many is often a decimal one, and what stands in the columns then is another point.
+    """
+    if repeated := [name for name in (*_COLUMNS, label) if names.count(name) > 1]:
+        raise ValueError(f"it has the column {repeated[0]} twice")
+    for number, cells in rows:
+        if len(cells) != len(names):
+            raise ValueError(f"line {number}: has {len(cells)} columns, expected {len(names)}")
+        row = dict(zip(names, cells, strict=True))
+        try:
+            at = [float(row[axis]) for axis in "xyz"]
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        yield row[label] or row["id"], at
+
+
+def _system(name: Any) -> Any:
+    if not isinstance(name, str) or name not in _SYSTEMS:
+        raise ValueError(f"its coordinate system is {name!r}, expected RAS or LPS")
+    return _SYSTEMS[name]
 
 
 def _of_fcsv(text: str) -> _Rows:
     lines = text.splitlines()
     comments = [line[1:].partition("=") for line in lines if line.startswith("#")]
     head = {key.strip(): value.strip() for key, _, value in comments}
-    signs = _SYSTEMS[head["CoordinateSystem"]]
+    if missing := [key for key in ("CoordinateSystem", "columns") if key not in head]:
+        raise ValueError(f"it has no line '# {missing[0]} = ...'")
+    signs = _system(head["CoordinateSystem"])
     columns = head["columns"].split(",")
-    rows = csv.DictReader([line for line in lines if not line.startswith("#")], columns)
+    # The lines keep their numbers.
+    table = "\n".join("" if line.startswith("#") else line for line in lines)
+    label = "label" if "label" in columns else "id"
     return [
-        (row["label"] or row["id"], list(signs * np.array([float(row[axis]) for axis in "xyz"])))
-        for row in rows
+        (name, list(signs * np.array(at))) for name, at in _points(columns, csv_rows(table), label)
     ]
 
 
 def _of_markups(text: str) -> _Rows:
     rows: _Rows = []
-    for markup in json.loads(text)["markups"]:
-        signs = _SYSTEMS[markup.get("coordinateSystem", "LPS")]
-        rows += [
-            (point.get("label") or point["id"], list(signs * np.array(point["position"])))
-            for point in markup["controlPoints"]
-        ]
+    for markup in parse_json(text)["markups"]:
+        signs = _system(markup.get("coordinateSystem", "LPS"))
+        unit = markup.get("coordinateUnits", "mm")
+        if unit != "mm" and not (isinstance(unit, list) and unit and unit[0] == "mm"):
+            raise ValueError(f"its unit is {unit!r}, expected mm")
+        for point in markup["controlPoints"]:
+            name, status = point.get("label") or point["id"], point.get("positionStatus", "defined")
+            if status != "defined":
+                raise ValueError(f"the landmark {name!r} is not placed yet ({status})")
+            at = point["position"]
+            if not isinstance(at, list) or any(
+                isinstance(x, bool) or not isinstance(x, int | float) for x in at
+            ):
+                raise ValueError(f"the landmark {name!r} lies at {at!r}, expected three numbers")
+            if len(at) != 3:
+                raise ValueError(f"the landmark {name!r} has {len(at)} coordinates, expected 3")
+            rows.append((name, list(signs * np.array(at))))
     return rows
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulae_rt.errors import EvaluationError
+from ulae_rt.strict_csv import decode_text
 
 # Those that the package brings.
 PROTOCOLS = ("oasis", "mindboggle101", "ixi")
@@ -100,14 +101,19 @@ def read_protocol(source: str) -> Protocol:
                 _HINT,
             )
         try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise EvaluationError(f"{path} cannot be read: {reason}", "check the path") from None
+            text = decode_text(path.read_bytes())
+        except OSError as error:
+            raise EvaluationError(
+                f"{path} cannot be read: {error.strerror}", "check the path"
+            ) from None
+        except ValueError as error:
+            raise EvaluationError(f"{path} cannot be read: {error}", "save it as UTF-8") from None
     try:
         return _parsed(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise EvaluationError(f"{source} is no TOML: {error}", _HINT) from None
+    except RecursionError:
+        raise EvaluationError(f"{source} is no TOML: it is nested too deep", _HINT) from None
     except (_Wrong, TypeError, ValueError, AttributeError) as error:
         raise EvaluationError(f"{source} is no protocol: {error}", _HINT) from None
 
@@ -123,10 +129,14 @@ def _parsed(values: dict[str, Any]) -> Protocol:
     for name, group in values.get("groups", {}).items():
         if not group.get("labels"):
             raise _Wrong(f"the group {name} has no labels")
+        if unknown := sorted(group.keys() - {"labels", "title"}):
+            raise _Wrong(f"the group {name} has the key {unknown[0]}, expected labels, title")
         groups[name] = tuple(_label(label, name) for label in group["labels"])
     if not groups:
         raise _Wrong("it has no groups")
     average = tuple(values.get("average", ()))
+    if twice := sorted({str(name) for name in average if average.count(name) > 1}):
+        raise _Wrong(f"average names the group {twice[0]} twice")
     if missing := [name for name in average if name not in groups]:
         raise _Wrong(f"average names the group {missing[0]}, which is not there")
     merge = {
@@ -134,6 +144,9 @@ def _parsed(values: dict[str, Any]) -> Protocol:
         for new, olds in values.get("merge", {}).items()
         for old in olds
     }
+    for key in ("title", "scans", "label_maps"):
+        if not isinstance(values.get(key, ""), str):
+            raise _Wrong(f"{key} is {values[key]!r}, expected text")
     protocol = Protocol(
         str(values.get("title", "")),
         groups,

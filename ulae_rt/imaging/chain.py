@@ -1,6 +1,7 @@
 """Transforms one after the other, as antsApplyTransforms takes them, made one displacement."""
 
 import logging
+import mmap
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -16,18 +17,30 @@ from ulae_rt.errors import GeometryError, ImageError, UsageError
 from ulae_rt.imaging.grid import LPS, SAME_GRID_MM, Grid, from_sitk, grid_of, to_sitk
 from ulae_rt.imaging.nifti import SUFFIXES, Volume, check_file
 from ulae_rt.imaging.transform import LPS_SIGNS, Displacement, resample_displacement
-from ulae_rt.imaging.warpfile import NPZ, WarpFormat, read_warp
+from ulae_rt.imaging.warpfile import NPZ, WarpFormat, read_warp, stated_format
 
 logger = logging.getLogger(__name__)
 
 WARP_SUFFIXES = (*SUFFIXES, NPZ)
 # What ITK keeps transforms in; ANTs writes affines as .mat and composites as .h5.
 ITK_SUFFIXES = (".mat", ".txt", ".tfm", ".xfm", ".h5", ".hdf5")
+TEXT_SUFFIXES = (".txt", ".tfm")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# The name of a data set that each transform of an HDF5 file has.
+HDF5_TYPE = b"TransformType"
+COMPOSITE = "CompositeTransform_"
+# Of ITK's own .xfm files. Those of MINC and FreeSurfer are in RAS, which ITK does not turn.
+XFM_BY_ITK = "%ITK-XFM"
 # A field that ends with less than this ends smoothly.
 SMOOTH_END_MM = 0.5
-INVERTED = re.compile(r"\[(?P<path>.+),\s*(?P<inverted>[01])\s*\]")
+INVERTED = re.compile(r"\s*\[\s*(?P<path>.+?)\s*,\s*(?P<inverted>[01])\s*\]\s*", re.DOTALL)
+# What looks like it and is not: a.mat[1], [a.mat], [a.mat,yes], [a.mat 1].
+MISSPELT = re.compile(
+    r"(?P<path>[^\[\]]+?)\s*\[\s*(?P<inverted>[^\[\]]*?)\s*\]\s*"
+    r"|\s*\[\s*(?P<inside>[^\[\]]+?)\s*\]\s*",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -49,9 +62,20 @@ Step = Field | sitk.Transform
 
 
 def transform_path(text: str) -> tuple[Path, bool]:
-    """The file that ``FILE``, ``[FILE,0]`` or ``[FILE,1]`` names, and whether it is inverted."""
-    match = INVERTED.fullmatch(text)
-    return (Path(match["path"]), match["inverted"] == "1") if match else (Path(text), False)
+    """The file that ``FILE``, ``[FILE,0]`` or ``[FILE,1]`` names, and whether it is inverted.
+
+    Raises:
+        UsageError: brackets that mean something else, and no file of that name.
+    """
+    if match := INVERTED.fullmatch(text):
+        return Path(match["path"]), match["inverted"] == "1"
+    if (match := MISSPELT.fullmatch(text)) and not Path(text).exists():
+        path = match["path"] or re.split(r"\s*[,;]\s*|\s+(?=\S*$)", match["inside"])[0]
+        raise UsageError(
+            f"{text!r} is no transform, expected FILE, [FILE,0] or [FILE,1]",
+            f"write '[{path},1]' for the inverse of {path}, or {path}",
+        )
+    return Path(text), False
 
 
 def read_transform(text: str, reference: Volume, fmt: WarpFormat | None = None) -> list[Step]:
@@ -61,7 +85,7 @@ def read_transform(text: str, reference: Volume, fmt: WarpFormat | None = None) 
         text: a warp (NIfTI, or Learn2Reg's .npz), or an ITK transform file (`ITK_SUFFIXES`), which
             may be composite; ``[FILE,1]`` inverts a linear one.
         reference: the image whose grid the result will lie on; warps in voxels must be of it.
-        fmt: of a warp that does not say it; see `read_warp`.
+        fmt: of a warp that does not say it; not looked at for others. See `read_warp`.
 
     Raises:
         ImageError, GeometryError: a file that is no such transform; see `read_warp`.
@@ -72,7 +96,7 @@ def read_transform(text: str, reference: Volume, fmt: WarpFormat | None = None) 
     if name.endswith(WARP_SUFFIXES):
         if inverted:
             raise _not_linear(path)
-        warp = read_warp(path, fmt, reference)
+        warp = read_warp(path, None if stated_format(path) else fmt, reference)
         return [Field(warp.disp, grid_of(warp.grid), str(path))]
     if not name.endswith(ITK_SUFFIXES):
         raise UsageError(
@@ -83,29 +107,150 @@ def read_transform(text: str, reference: Volume, fmt: WarpFormat | None = None) 
     return _flat(_read_itk(path, inverted), str(path))
 
 
+def needs_format(text: str) -> bool:
+    """Whether a transform is a warp that does not say its format itself.
+
+    Raises:
+        ImageError: a warp that cannot be read.
+        UsageError: see `transform_path`.
+    """
+    path = transform_path(text)[0]
+    return path.name.lower().endswith(WARP_SUFFIXES) and stated_format(path) is None
+
+
+_ITK_HINT = (
+    "give an ITK or ANTs transform; FSL's and FreeSurfer's matrices are converted with "
+    "c3d_affine_tool or lta_convert --outitk"
+)
+
+
 def _read_itk(path: Path, inverted: bool) -> sitk.Transform:
     check_file(path)
-    hint = (
-        "give an ITK or ANTs transform; FSL's and FreeSurfer's matrices are converted with "
-        "c3d_affine_tool or lta_convert --outitk"
-    )
-    if path.name.lower().endswith(HDF5_SUFFIXES) and not _is_whole_hdf5(path):
-        raise ImageError(f"{path} is truncated, or not an HDF5 file", hint)
+    _check_one_transform(path)
     try:
         transform: sitk.Transform = sitk.ReadTransform(str(path))
+        if inverted:
+            _check_dimension(transform, path)
+            try:
+                transform = transform.GetInverse()
+            except RuntimeError:
+                raise _not_linear(path) from None
     except RuntimeError as error:
-        said = str(error).strip().splitlines()[-1].split("): ")[-1].strip()
-        raise ImageError(f"{path} is not a readable ITK transform: {said}", hint) from None
+        reason = str(error).strip().splitlines()[-1].split("): ")[-1].strip()
+        raise ImageError(f"{path} is not a readable ITK transform: {reason}", _ITK_HINT) from None
+    # SimpleITK has no class of its own for a few of ITK's types, or raises on the way to it.
+    except (KeyError, TypeError):
+        raise _unknown_type(path) from None
+    _check_dimension(transform, path)
+    return transform
+
+
+def _unknown_type(path: Path) -> ImageError:
+    return ImageError(
+        f"{path} holds a transform of a type that SimpleITK does not know",
+        "make it a warp: antsApplyTransforms -d 3 -r FIXED -t FILE -o [warp.nii.gz,1]",
+    )
+
+
+def _check_dimension(transform: sitk.Transform, path: Path) -> None:
     if transform.GetDimension() != 3:
         raise ImageError(
-            f"{path} is a transform of {transform.GetDimension()} dimensions, expected 3", hint
+            f"{path} is a transform of {transform.GetDimension()} dimensions, expected 3",
+            _ITK_HINT,
         )
-    if inverted:
-        try:
-            transform = transform.GetInverse()
-        except RuntimeError:
-            raise _not_linear(path) from None
-    return transform
+
+
+def _check_one_transform(path: Path) -> None:
+    """Refuse files of several transforms, and of half a one, which ITK's readers take for another.
+
+    SimpleITK reads the first of several, ANTs all of them; and one without its parameters is the
+    identity for both, without a word.
+    """
+    name = path.name.lower()
+    if name.endswith(HDF5_SUFFIXES):
+        if not _is_whole_hdf5(path):
+            raise ImageError(f"{path} is truncated, or not an HDF5 file", _ITK_HINT)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+            count = len(re.findall(HDF5_TYPE, raw))
+            is_composite = raw.find(COMPOSITE.encode()) >= 0
+    elif name.endswith(TEXT_SUFFIXES):
+        types = _types_in_text(path)
+        count, is_composite = len(types), bool(types) and types[0].startswith(COMPOSITE)
+    elif name.endswith(".mat"):
+        count, is_composite = _count_in_matlab(path), False
+    else:
+        _check_xfm(path)
+        return
+    if is_composite and count == 1:
+        raise ImageError(
+            f"{path} is a composite transform without any part", "write it again, with its parts"
+        )
+    if count > 1 and not is_composite:
+        raise ImageError(
+            f"{path} holds {count} transforms, expected one, or a composite one: some of ITK's "
+            "readers take the first, others all",
+            "write each into a file of its own, and name them with a -t each",
+        )
+
+
+def _types_in_text(path: Path) -> list[str]:
+    """The types of a text file's transforms; refuses one whose numbers are not all there."""
+    fields: list[dict[str, str]] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            key, colon, value = line.partition(":")
+            if key.strip() == "Transform":
+                fields.append({})
+            if colon and fields:
+                fields[-1][key.strip()] = value.strip()
+    for number, transform in enumerate(fields, 1):
+        if transform["Transform"].startswith(COMPOSITE):
+            continue
+        for key in ("Parameters", "FixedParameters"):
+            if key not in transform:
+                raise ImageError(
+                    f"{path} is truncated: transform {number} has no line {key}", "make it again"
+                )
+        wanted = _AFFINE_PARAMETERS.match(transform["Transform"])
+        count = len(transform["Parameters"].split())
+        if wanted and count != int(wanted[2]) * (int(wanted[1]) + 1):
+            raise ImageError(
+                f"{path} is damaged: transform {number} has {count} parameters, expected "
+                f"{int(wanted[2]) * (int(wanted[1]) + 1)}",
+                "make it again",
+            )
+    return [transform["Transform"] for transform in fields]
+
+
+_AFFINE_PARAMETERS = re.compile(
+    r"(?:Affine|MatrixOffset)Transform(?:Base)?_(?:double|float)_(\d)_(\d)$"
+)
+
+
+def _count_in_matlab(path: Path) -> int:
+    """How many transforms a MATLAB file has: each is a variable, followed by one called ``fixed``.
+
+    Source: MAT-File Format, "MAT-File Level 4 Format"; itkMatlabTransformIO.cxx.
+    """
+    raw, at, count = path.read_bytes(), 0, 0
+    while len(raw) - at >= 20:
+        kind, rows, columns, imaginary, length = struct.unpack_from("<5i", raw, at)
+        if not 0 <= kind <= 52 or min(rows, columns) < 0 or not 0 < length < 256:
+            return count  # not of level 4, or of another byte order: ITK says what it thinks of it
+        count += raw[at + 20 : at + 20 + length].rstrip(b"\0") != b"fixed"
+        width = {0: 8, 1: 4, 2: 4, 3: 2, 4: 2, 5: 1}.get(kind // 10 % 10, 8)
+        at += 20 + length + rows * columns * width * (2 if imaginary else 1)
+    return count
+
+
+def _check_xfm(path: Path) -> None:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(4096)
+    if head.startswith("MNI Transform File") and XFM_BY_ITK not in head:
+        raise ImageError(
+            f"{path} is a transform of MINC or FreeSurfer in RAS mm, which ITK would read as LPS",
+            "make it ITK's: lta_convert --inmni FILE --outitk OUT.txt --src MOVING --trg FIXED",
+        )
 
 
 def _is_whole_hdf5(path: Path) -> bool:
@@ -131,13 +276,14 @@ def _not_linear(path: Path) -> UsageError:
 
 def _flat(transform: sitk.Transform, name: str) -> list[Step]:
     """The parts of an ITK transform in the order in which a point goes through them."""
-    if transform.GetTransformEnum() == sitk.sitkComposite:
+    kind = transform.GetTransformEnum()
+    if kind == sitk.sitkComposite and not transform.IsLinear():
         composite = sitk.CompositeTransform(transform)
         composite.FlattenTransform()
         parts = range(composite.GetNumberOfTransforms())
         # ITK keeps the one that a point meets first last.
         return [step for n in reversed(parts) for step in _flat(composite.GetNthTransform(n), name)]
-    if transform.GetTransformEnum() == sitk.sitkDisplacementField:
+    if kind == sitk.sitkDisplacementField:
         image = sitk.DisplacementFieldTransform(transform).GetDisplacementField()
         disp = from_sitk(image).astype(np.float32) * LPS_SIGNS
         affine = np.eye(4)
@@ -146,8 +292,29 @@ def _flat(transform: sitk.Transform, name: str) -> list[Step]:
         affine[:3, 3] = image.GetOrigin()
         _check_finite(disp, name)
         return [Field(disp, Grid(image.GetSize(), LPS @ affine), name)]
+    if transform.IsLinear():
+        return [_linear(transform, name)]
     _check_finite(np.array(transform.GetParameters()), name)
     return [transform]
+
+
+def _linear(transform: sitk.Transform, name: str) -> sitk.AffineTransform:
+    """A linear transform of any type as what it does to points.
+
+    SimpleITK takes ITK's MatrixOffsetTransformBase, which fMRIPrep and ANTs write, for a composite
+    of itself.
+    """
+    origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
+    # Far out, so that little is lost where the translation is large.
+    columns = [
+        np.array(transform.TransformPoint(end)) - origin for end in (1e3 * np.eye(3)).tolist()
+    ]
+    matrix = np.stack(columns, axis=1) / 1e3
+    _check_finite(np.array([matrix, np.broadcast_to(origin, (3, 3))]), name)
+    affine = sitk.AffineTransform(3)
+    affine.SetMatrix(matrix.ravel().tolist())
+    affine.SetTranslation(origin.tolist())
+    return affine
 
 
 def _check_finite(numbers: NDArray[Any], name: str) -> None:

@@ -1,9 +1,13 @@
 """NIfTI files in and out: everything that can be wrong with one is said before work starts."""
 
+import contextlib
 import errno
 import gzip
 import logging
 import os
+import secrets
+import shlex
+import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +22,7 @@ from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
 from ulae_rt.errors import DiskFull, GeometryError, ImageError, OutputError, UsageError
+from ulae_rt.files import locked_folders
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,17 @@ MAX_SHEAR = 1e-3
 MAX_FORM_DIFFERENCE_MM = 1e-3
 DEFLATE = 1032  # bytes that one byte of a .gz can stand for, at most
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+GZIP_SIGNATURE = b"\x1f\x8b"
+# sizeof_hdr by the header's bytes; one file's magic; where its voxels may begin at the earliest.
+_HEADERS: tuple[tuple[int, type[nib.Nifti1Header]], ...] = (
+    (348, nib.Nifti1Header), (540, nib.Nifti2Header),
+)  # fmt: skip
+# Extensions of more than this hold no header of a scan: what is before the voxels is not read on.
+MAX_EXTENSIONS = 64 << 20
+# Whole numbers up to here are all exact in double precision, through which ITK carries labels.
+MAX_EXACT = 2**53
+# Hidden names are longer than the places' own, and a file system takes 255 bytes.
+MAX_STEM = 100
 # What reading a damaged file raises; isal's stubs take its class for an instance.
 _UNREADABLE: tuple[type[Exception], ...] = (
     cast(type[Exception], isal_zlib.IsalError), EOFError, OSError, ValueError,
@@ -128,7 +144,10 @@ def open_image(path: PathLike) -> nib.Nifti1Image:
             "convert it first, e.g. with mri_convert or dcm2niix",
         )
     try:
+        _check_layout(path)
         image = nib.load(path)
+    except ImageError:
+        raise
     except PermissionError:
         raise ImageError(f"{path} cannot be read: permission denied", "check its mode") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -141,6 +160,142 @@ def open_image(path: PathLike) -> nib.Nifti1Image:
     if not isinstance(image, nib.Nifti1Image):  # a Nifti2Image is one too
         raise ImageError(f"{path} is a {type(image).__name__}, expected NIfTI", "convert it first")
     return image
+
+
+def _check_layout(path: Path) -> None:
+    """Refuse a header whose numbers contradict each other or the file, before voxels are read.
+
+    nibabel takes such headers, in silence or with a line in its log, and then reads other bytes
+    for voxels, or other values than ITK does.
+
+    Source: nifti1.h and nifti2.h, the comments on the fields.
+    """
+    with path.open("rb") as raw:
+        is_gzip = raw.read(2) == GZIP_SIGNATURE
+    is_named_gzip = path.name.lower().endswith(".gz")
+    if is_gzip and not is_named_gzip:
+        raise ImageError(
+            f"{path} is compressed with gzip, though its name does not end in .gz",
+            _command("rename it: mv", path, f"{path}.gz"),
+        )
+    with igzip.open(path, "rb") if is_gzip else path.open("rb") as stream:
+        start = stream.read(4)
+        if is_gzip and start.startswith(GZIP_SIGNATURE):
+            raise ImageError(
+                f"{path} is compressed twice",
+                _command("unpack it once: gzip -dc", path) + " > " + shlex.quote(f"{_once(path)}"),
+            )
+        header = _raw_header(start, stream)
+        if header is None:
+            return  # nibabel says what it is instead
+        if is_named_gzip and not is_gzip:
+            raise ImageError(
+                f"{path} is not compressed, though its name ends in .gz",
+                _command("rename it: mv", path, path.with_suffix("")),
+            )
+        if header["magic"].item().rstrip(b"\0") not in (b"n+1", b"n+2", b"n+2\0\r\n\x1a\n"):
+            return
+        hint = "write it again with the tool that made it, e.g. as mri_convert IN OUT"
+        _check_fields(header, str(path), hint)
+        size = None if is_gzip else path.stat().st_size
+        _check_offset(header, size, str(path), hint)
+        _check_extensions(header, stream, str(path))
+
+
+def _command(words: str, *paths: PathLike) -> str:
+    return " ".join([words, *(shlex.quote(str(path)) for path in paths)])
+
+
+def _once(path: Path) -> Path:
+    return path.with_name(f"once-{path.name}")
+
+
+def _raw_header(start: bytes, stream: Any) -> nib.Nifti1Header | None:
+    """The header as it stands in the file, without nibabel's repairs; None where it is none."""
+    for size, header_class in _HEADERS:
+        for order in "<>":
+            if start == struct.pack(f"{order}i", size):
+                block = start + stream.read(size - 4)
+                if len(block) == size:
+                    return header_class(block, endianness=order, check=False)
+    return None
+
+
+def _check_fields(header: nib.Nifti1Header, name: str, hint: str) -> None:
+    dimensions = int(header["dim"][0])
+    if not 1 <= dimensions <= 7:
+        raise ImageError(f"{name} has {dimensions} dimensions by its header, expected 3", hint)
+    try:
+        bits = 8 * header.get_data_dtype().itemsize
+    except nib.spatialimages.HeaderDataError:
+        bits = 0  # an unknown type, which nibabel names
+    if bits and int(header["bitpix"]) not in (0, bits):
+        raise ImageError(
+            f"{name} contradicts itself: its datatype {int(header['datatype'])} has {bits} bits a "
+            f"voxel, and its bitpix is {int(header['bitpix'])}",
+            hint,
+        )
+    steps = np.asarray(header["pixdim"][1:4], np.float64)
+    if not (np.isfinite(steps).all() and (steps > 0).all()) and dimensions >= 3:
+        raise GeometryError(
+            f"{name} has voxels of {_mm(steps)} mm in pixdim, expected numbers above 0",
+            "set them right, e.g. with nibabel's header.set_zooms",
+        )
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if np.isinf(slope) or np.isinf(inter) or (np.isnan(inter) and slope not in (0, 1)
+        and np.isfinite(slope)):  # fmt: skip
+        raise ImageError(
+            f"{name} has the scaling slope {slope:g} and intercept {inter:g}, expected numbers",
+            hint,
+        )
+    if (slope == 0 or np.isnan(slope)) and np.isfinite(inter) and inter != 0:
+        raise ImageError(
+            f"{name} has the scaling slope {slope:g}, which means none, and the intercept "
+            f"{inter:g}: some readers add it and some do not",
+            "set both, slope 1 where only the intercept is meant, e.g. with nibabel's "
+            "header.set_slope_inter",
+        )
+
+
+def _check_offset(header: nib.Nifti1Header, size: int | None, name: str, hint: str) -> None:
+    """Refuse a place of the first voxel that is none; ``size``: of a file that is not packed."""
+    offset, earliest = float(header["vox_offset"]), header.single_vox_offset
+    if not np.isfinite(offset) or offset != np.floor(offset) or offset < earliest:
+        raise ImageError(
+            f"{name} has its voxels begin at byte {offset:g} (vox_offset), where its header is, "
+            f"expected {earliest} or more",
+            hint,
+        )
+    if size is not None and offset >= size:
+        raise _damaged(
+            name, f"its voxels begin at byte {offset:g} (vox_offset), and it has {size} bytes"
+        )
+
+
+def _check_extensions(header: nib.Nifti1Header, stream: Any, name: str) -> None:
+    """Refuse extensions that reach into the voxels."""
+    left = int(header["vox_offset"]) - header.sizeof_hdr - 4
+    if left > MAX_EXTENSIONS:
+        raise ImageError(
+            f"{name} has {left} bytes between its header and its voxels, expected "
+            f"{MAX_EXTENSIONS} at most",
+            "copy or download it again",
+        )
+    if not (extender := stream.read(4)) or extender[0] == 0:
+        return
+    block = stream.read(left)
+    at = 0
+    while len(block) - at >= 8:
+        size = struct.unpack_from(f"{header.endianness}i", block, at)[0]
+        if size == 0:  # filled up with zeros
+            return
+        if size < 8 or at + size > left:
+            raise ImageError(
+                f"{name} has an extension of {size} bytes where {left - at} are left before its "
+                "voxels: one of the two is cut short",
+                "copy or download it again",
+            )
+        at += size
 
 
 def read_grid(path: PathLike) -> Volume:
@@ -179,6 +334,8 @@ def volume_from_image(
         )
     data = read_data(image, name, kind).reshape(shape)
     _check_values(data, name, kind)
+    if kind == "labels":
+        check_exact_labels(data, name)
     return Volume(data, affine, image.header.copy(), name, path)
 
 
@@ -203,16 +360,42 @@ def volume_from_array(
     return volume_from_image(image, name=name, kind=kind)
 
 
+def check_exact_labels(data: NDArray[Any], name: str) -> None:
+    """Refuse whole numbers that ITK, which carries labels as doubles, would change.
+
+    Raises:
+        ImageError: a value beyond 2^53.
+    """
+    if data.dtype.itemsize < 8 or data.size == 0:
+        return
+    low, high = data.min(), data.max()
+    if low < -MAX_EXACT or high > MAX_EXACT:
+        raise ImageError(
+            f"{name} holds labels up to {max(int(high), -int(low))}, expected {MAX_EXACT} at most: "
+            "double precision would make others of them",
+            "number its labels from 1, e.g. with numpy.unique(labels, return_inverse=True)",
+        )
+
+
 def check_file(path: Path) -> None:
     """Refuse what is no file to read, whatever its format.
 
     Raises:
-        ImageError: missing, a folder, no regular file, empty, or closed to this user.
+        ImageError: missing, a link to nothing, a folder, no regular file, empty, or closed to
+            this user.
     """
     try:
         missing = not path.exists()
+        target = os.readlink(path) if missing and path.is_symlink() else None
     except PermissionError:
         raise ImageError(f"{path} cannot be read: permission denied", "check its mode") from None
+    except OSError as error:  # a name that is too long
+        raise ImageError(f"{path} cannot be read: {error.strerror}", "check the path") from None
+    if target is not None:
+        raise ImageError(
+            f"{path} is a link to {target}, which does not exist",
+            "get the file that it leads to (datalad get, git annex get), or set the link right",
+        )
     if missing:
         raise ImageError(f"{path} does not exist", "check the path")
     if path.is_dir():
@@ -329,18 +512,22 @@ def read_data(image: nib.Nifti1Image, name: str, kind: Kind = "image") -> NDArra
     path = image.get_filename()
     if path is not None:
         _check_promise(image, Path(path), name)
-    try:
-        if path is not None and str(path).lower().endswith(".gz"):
-            data = _read_packed(image, path)
-        else:
-            data = np.asanyarray(image.dataobj)
-    except _UNREADABLE as error:
-        raise _damaged(name, error) from None
-    except MemoryError:
-        raise ImageError(f"{name} does not fit in memory", "resample it to about 1 mm") from None
-    widest = np.dtype(np.float32 if kind == "image" else np.float64)
-    if data.dtype.kind == "f" and data.dtype.itemsize > widest.itemsize:
-        data = data.astype(widest)
+    # What overflows becomes Inf, which is refused by name.
+    with np.errstate(all="ignore"):
+        try:
+            if path is not None and str(path).lower().endswith(".gz"):
+                data = _read_packed(image, path)
+            else:
+                data = np.asanyarray(image.dataobj)
+        except _UNREADABLE as error:
+            raise _damaged(name, error) from None
+        except MemoryError:
+            raise ImageError(
+                f"{name} does not fit in memory", "resample it to about 1 mm"
+            ) from None
+        widest = np.dtype(np.float32 if kind == "image" else np.float64)
+        if data.dtype.kind == "f" and data.dtype.itemsize > widest.itemsize:
+            data = data.astype(widest)
     return data.astype(data.dtype.newbyteorder("="), copy=False)
 
 
@@ -461,21 +648,41 @@ def check_output(path: PathLike, *, overwrite: bool, suffixes: Sequence[str] = S
     if not path.name.lower().endswith(tuple(suffixes)):
         raise UsageError(f"{path} must end in {' or '.join(suffixes)}", "rename the output")
     folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"the folder {folder} does not exist", f"mkdir -p {folder}")
+    if not os.path.isdir(folder):  # pathlib raises for some folders
+        raise OutputError(
+            f"the folder {folder} does not exist", _command("make it: mkdir -p", folder)
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {folder} cannot be written to", "check its permissions")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"{path} is a folder, expected a file name", "add a file name")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already", "give --overwrite to replace it")
+    if _is_there(path) and not overwrite:
+        raise _exists(path)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has this name, be it a link to what is not there."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{path} cannot be written: {reason}", "choose another name") from None
+    return True
+
+
+def _exists(path: Path) -> OutputError:
+    return OutputError(f"{path} exists already", "give --overwrite to replace it")
 
 
 class Outputs:
     """All files of one run: written beside their places, put there together, or not at all.
 
     Use as a context manager: `temporary` gives the path to write to, `commit` renames. What is
-    not committed when the block ends, for an error, Ctrl-C or SIGTERM, is removed.
+    not committed when the block ends, for an error, Ctrl-C or SIGTERM, is removed. Of two that
+    write to the same places at the same time each puts all of its files there, one after the
+    other, or none.
     """
 
     def __init__(
@@ -488,6 +695,7 @@ class Outputs:
     ) -> None:
         """Check every path (see `check_output`) and that none is an input or there twice."""
         self._temporary: dict[Path, Path] = {}
+        self._overwrite = overwrite
         sources = {Path(path).resolve() for path in inputs}
         seen: set[Path] = set()
         for path in paths:
@@ -506,17 +714,50 @@ class Outputs:
         path = Path(path)
         suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), path.suffix)
         stem = path.name[: len(path.name) - len(suffix)]
-        hidden = path.with_name(f".{stem}.{os.getpid()}.part{suffix.lower()}")
+        # By itself the number of the process would not do: threads and other machines have it too.
+        unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+        hidden = path.with_name(f".{stem[:MAX_STEM]}.{unique}.part{suffix.lower()}")
         self._temporary[path] = hidden
         return hidden
 
     def commit(self) -> list[Path]:
-        """Move everything written to its place; returns the places."""
-        done = list(self._temporary)
-        for path, hidden in list(self._temporary.items()):
-            os.replace(hidden, path)
-            del self._temporary[path]
-        return done
+        """Move everything written to its place; returns the places.
+
+        Raises:
+            OutputError: a place has been taken since the paths were checked, or a file cannot be
+                moved; those moved before it are taken back.
+        """
+        places = list(self._temporary)
+        with locked_folders(path.parent for path in places), contextlib.ExitStack() as kept:
+            if not self._overwrite:
+                for path in places:
+                    if _is_there(path):
+                        raise _exists(path)
+            before = {path: self._keep(path, kept) for path in places if _is_there(path)}
+            moved: list[Path] = []
+            try:
+                for path in places:
+                    os.replace(self._temporary[path], path)
+                    moved.append(path)
+            except BaseException as error:
+                for done in moved:
+                    _take_back(done, before)
+                if isinstance(error, OSError):
+                    raise output_error(path, error) from None
+                raise
+            self._temporary.clear()
+        return places
+
+    @staticmethod
+    def _keep(path: Path, kept: contextlib.ExitStack) -> Path | None:
+        """A second name of what is in ``path`` now, for as long as ``kept`` lasts."""
+        second = path.with_name(f".{path.name[:MAX_STEM]}.{secrets.token_hex(4)}.old")
+        try:
+            os.link(path, second, follow_symlinks=False)
+        except OSError:  # a file system without links
+            return None
+        kept.callback(second.unlink, missing_ok=True)
+        return second
 
     def __enter__(self) -> Self:
         return self
@@ -529,3 +770,12 @@ class Outputs:
     ) -> None:
         for hidden in self._temporary.values():
             hidden.unlink(missing_ok=True)
+
+
+def _take_back(path: Path, before: Mapping[Path, Path | None]) -> None:
+    """Make a place what it was; what has been replaced without a second name cannot come back."""
+    with contextlib.suppress(OSError):
+        if path not in before:
+            path.unlink()
+        elif (second := before[path]) is not None:
+            os.replace(second, path)

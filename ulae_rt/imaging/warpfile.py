@@ -35,15 +35,36 @@ WARP_FORMATS: tuple[WarpFormat, ...] = get_args(WarpFormat)
 VOXEL_FORMATS: tuple[WarpFormat, ...] = ("voxel", "l2r")
 NPZ = ".npz"
 
-INTENT_VECTOR = 1007  # 1006 (DISPVECT) would make ITK flip x and y on reading
+INTENT_VECTOR = 1007
+INTENT_DISPLACEMENT = 1006  # ITK flips x and y of such a file when it reads it
 # How a 4-D file says what it is; nothing in NIfTI's own codes does.
 INTENT_NAMES: dict[WarpFormat, str] = {
     "ras": "disp-ras-mm", "voxel": "disp-voxel", "l2r": "disp-l2r",
 }  # fmt: skip
+# FSL's, from nifti1.h's list of intents and warpfns/fnirt_file_reader.cpp: millimetres of its own,
+# along the axes of both images, or coefficients.
+FSL_INTENTS = {
+    2006: "a displacement field", 2007: "coefficients of cubic splines", 2008: "DCT coefficients",
+    2009: "coefficients of quadratic splines", 2016: "topup's cubic splines",
+    2017: "topup's quadratic splines", 2018: "a topup field",
+}  # fmt: skip
+# NiftyReg's 5-D files, which have ITK's intent: what intent_p1 counts, and the one that is read.
+# Source: github.com/KCL-BMEIS/niftyreg, reg-lib/cpu/_reg_maths.h, NREG_TRANS_TYPE.
+NIFTYREG = "NREG_TRANS"
+NIFTYREG_KINDS = (
+    "positions", "a displacement", "a grid of cubic splines", "a velocity field of positions",
+    "a velocity field of displacements", "a velocity grid of splines", "a grid of linear splines",
+)  # fmt: skip
+NIFTYREG_DISPLACEMENT = 1
+SPM = "Mapping"
+AFNI_EXTENSION = 4
 # A displacement's mean slope: an affine of a brain stays far below 1 on all three axes, and a file
 # of positions has 1 on all of them, whatever its unit and its signs.
 ABSOLUTE_SLOPE = 0.75
 ABSOLUTE_REST = 0.25
+# Numbers that lie this near to their own voxels' positions, relative to these, are positions: as a
+# displacement they would take each voxel twice as far from the origin, shears and all.
+ABSOLUTE_NEAR = 0.25
 
 
 @dataclass(frozen=True)
@@ -178,23 +199,9 @@ def read_warp(path: PathLike, fmt: WarpFormat | None = None, fixed: Volume | Non
             raise UsageError(f"{path} is a warp of format l2r, not {fmt}", "leave the format out")
         return _read_npz(Path(path), fixed)
     image = open_image(path)
-    name, shape = str(path), image.shape
-    is_itk = len(shape) == 5 and shape[3:] == (1, 3)
-    if not is_itk and not (len(shape) == 4 and shape[3] == 3):
-        raise ImageError(
-            f"{name} has size {'x'.join(map(str, shape))}, expected XxYxZx1x3 or XxYxZx3",
-            "give a dense displacement in NIfTI, as register -w writes",
-        )
-    spatial = checked_shape(shape[:3], name)
-    intent = int(image.header["intent_code"])
-    if is_itk and intent != INTENT_VECTOR:
-        raise ImageError(
-            f"{name} has intent {intent}, expected {INTENT_VECTOR} (vector)",
-            "other tools read it otherwise; write it again from the tool that made it",
-        )
-    stored = image.header.get_intent()[2]
-    known: dict[str, WarpFormat] = {text: each for each, text in INTENT_NAMES.items()}
-    found = "itk" if is_itk else known.get(stored, fmt)
+    name = str(path)
+    spatial = _checked_field(image, name)
+    found = _stated_format(image, name) or fmt
     if found is None:
         raise UsageError(
             f"{name} does not say its unit", "say it with --warp-format: ras, voxel or l2r"
@@ -213,8 +220,89 @@ def read_warp(path: PathLike, fmt: WarpFormat | None = None, fixed: Volume | Non
             "give the fixed image that it was made for, or write the warp as itk or ras, which any "
             "grid inside can use",
         )
-    _check_displacement(data, np.eye(3) if found == "voxel" else affine[:3, :3], name)
+    unit = np.eye(3) if found == "voxel" else affine[:3, :3]
+    _check_displacement(data, unit, affine, name)
     return Warp(_in_ras_mm(data, found, affine), header)
+
+
+def stated_format(path: PathLike) -> WarpFormat | None:
+    """The format that a warp file says it has; None where it has to be told.
+
+    Raises:
+        ImageError: no warp file, or of a tool whose numbers are others; see `read_warp`.
+    """
+    if str(path).lower().endswith(NPZ):
+        return "l2r"
+    image = open_image(path)
+    _checked_field(image, str(path))
+    return _stated_format(image, str(path))
+
+
+def _checked_field(image: nib.Nifti1Image, name: str) -> tuple[int, int, int]:
+    """The grid's shape; refuses files that hold no field of displacements by their header."""
+    shape, header = image.shape, image.header
+    intent = int(header["intent_code"])
+    if intent in FSL_INTENTS:
+        raise ImageError(
+            f"{name} is a file of FSL's: {FSL_INTENTS[intent]} (intent {intent}), in millimetres "
+            "that depend on both images",
+            "make it ITK's: wb_command -convert-warpfield -from-fnirt FIELD SOURCE -to-itk "
+            "warp.nii.gz (add -absolute where it is; of coefficients, FIELD is what fnirtfileutils "
+            "--in=COEFFICIENTS --ref=REFERENCE --out=FIELD --withaff writes)",
+        )
+    if not (len(shape) == 5 and shape[3:] == (1, 3)) and not (len(shape) == 4 and shape[3] == 3):
+        raise ImageError(
+            f"{name} has size {'x'.join(map(str, shape))}, expected XxYxZx1x3 or XxYxZx3",
+            "give a dense displacement in NIfTI, as register -w writes",
+        )
+    if (kind := image.get_data_dtype()).kind not in "iuf":
+        raise ImageError(
+            f"{name} holds {'colours' if kind.names else kind.name}, expected a displacement's "
+            "numbers",
+            "give a dense displacement in NIfTI, as register -w writes",
+        )
+    return checked_shape(shape[:3], name)
+
+
+def _stated_format(image: nib.Nifti1Image, name: str) -> WarpFormat | None:
+    """What a field's header says its numbers are; refuses those of tools that count otherwise."""
+    header = image.header
+    intent, stored = int(header["intent_code"]), header.get_intent()[2]
+    if stored == NIFTYREG:
+        kind = float(header["intent_p1"])
+        if kind == NIFTYREG_DISPLACEMENT:
+            return "ras"
+        kinds: dict[float, str] = dict(enumerate(NIFTYREG_KINDS))
+        raise ImageError(
+            f"{name} is a file of NiftyReg's that holds "
+            f"{kinds.get(kind, 'what is unknown here')} (intent_p1 {kind:g}), expected "
+            f"{NIFTYREG_KINDS[NIFTYREG_DISPLACEMENT]} (intent_p1 {NIFTYREG_DISPLACEMENT})",
+            "make it one: reg_transform -ref FIXED -disp IN OUT",
+        )
+    if stored == SPM:
+        raise _positions(name)
+    if len(image.shape) == 4:
+        return {text: fmt for fmt, text in INTENT_NAMES.items()}.get(stored)
+    if intent == INTENT_VECTOR:
+        return "itk"
+    if any(extension.get_code() == AFNI_EXTENSION for extension in header.extensions):
+        raise ImageError(
+            f"{name} is a file of AFNI's with intent {intent}, expected {INTENT_VECTOR} (vector)",
+            "3dQwarp's numbers are ITK's, LPS mm: give it that intent, e.g. nifti_tool -mod_hdr "
+            f"-mod_field intent_code {INTENT_VECTOR} -prefix warp.nii.gz -infiles IN",
+        )
+    flipped = " which ITK reads with x and y flipped," if intent == INTENT_DISPLACEMENT else ""
+    raise ImageError(
+        f"{name} has intent {intent},{flipped} expected {INTENT_VECTOR} (vector)",
+        "other tools read it otherwise; write it again from the tool that made it",
+    )
+
+
+def _positions(name: str) -> ImageError:
+    return ImageError(
+        f"{name} holds positions, as SPM's y_ files do, expected displacements",
+        "subtract each voxel's own position first, e.g. with mri_warp_convert --inspm",
+    )
 
 
 def _read_npz(path: Path, fixed: Volume | None) -> Warp:
@@ -239,7 +327,9 @@ def _read_npz(path: Path, fixed: Volume | None) -> Warp:
         raise ImageError(f"{name} is truncated or damaged: {error}", "make it again") from None
     if not isinstance(data, np.ndarray) or data.dtype.kind not in "iuf":
         raise ImageError(f"{name} holds no array of numbers", "make it again")
-    return _of_fixed(data.astype(np.float32, copy=False), name, fixed)
+    with np.errstate(over="ignore"):  # what overflows becomes Inf, which is refused by name
+        data = data.astype(np.float32, copy=False)
+    return _of_fixed(data, name, fixed)
 
 
 def _of_fixed(data: NDArray[np.float32], name: str, fixed: Volume | None) -> Warp:
@@ -248,7 +338,7 @@ def _of_fixed(data: NDArray[np.float32], name: str, fixed: Volume | None) -> War
         raise _without_fixed(name)
     if data.shape != (*fixed.shape, 3):
         raise _of_another_shape(name, "x".join(map(str, data.shape)), fixed)
-    _check_displacement(data, np.eye(3), name)
+    _check_displacement(data, np.eye(3), fixed.affine, name)
     return Warp(_in_ras_mm(data, "l2r", fixed.affine), fixed, grid_of(fixed))
 
 
@@ -274,16 +364,26 @@ def _difference(grid: Grid, expected: Grid) -> str:
     return "" if gap == 0 else f"they lie up to {gap:.3g} mm apart"
 
 
-def _check_displacement(data: NDArray[np.float32], unit: NDArray[Any], name: str) -> None:
+def _check_displacement(
+    data: NDArray[np.float32], unit: NDArray[Any], affine: NDArray[Any], name: str
+) -> None:
     """Refuse NaN, Inf, and positions instead of displacements.
 
-    ``unit`` (3, 3): a step of one voxel along each axis, in the file's unit.
+    Args:
+        data: (X, Y, Z, 3), the numbers of the file.
+        unit: (3, 3), a step of one voxel along each axis, in the file's unit.
+        affine: (4, 4), of the grid, voxel index to RAS mm.
+        name: for messages.
     """
     if not np.isfinite(data).all():
         raise ImageError(f"{name} has NaN or Inf displacements", "make it again")
     per_voxel = np.stack(
         [
-            (data.take(-1, axis).mean((0, 1)) - data.take(0, axis).mean((0, 1))) / (n - 1)
+            (
+                data.take(-1, axis).mean((0, 1), np.float64)
+                - data.take(0, axis).mean((0, 1), np.float64)
+            )
+            / (n - 1)
             for axis, n in enumerate(data.shape[:3])
         ],
         axis=1,
@@ -291,10 +391,28 @@ def _check_displacement(data: NDArray[np.float32], unit: NDArray[Any], name: str
     slope = np.abs(per_voxel @ np.linalg.inv(unit))
     diagonal = np.diag(slope)
     if (diagonal > ABSOLUTE_SLOPE).all() and (slope - np.diag(diagonal) < ABSOLUTE_REST).all():
-        raise ImageError(
-            f"{name} holds positions, as SPM's y_ files do, expected displacements",
-            "subtract each voxel's own position first, e.g. with mri_warp_convert --inspm",
-        )
+        raise _positions(name)
+    if _near_own_positions(data, affine):
+        raise _positions(name)
+
+
+def _near_own_positions(data: NDArray[np.float32], affine: NDArray[Any]) -> bool:
+    """Whether the numbers are the voxels' own positions, nearly, whatever unit they are said to be.
+
+    In millimetres of RAS or LPS, in voxels counted from 0 or 1, or in millimetres along the grid's
+    axes. The slope alone does not show it where the unit is not the one that was said, nor in a
+    crop whose deformation is steep.
+    """
+    picks = [np.unique(np.linspace(0, n - 1, min(n, 9)).astype(int)) for n in data.shape[:3]]
+    index = np.stack(np.meshgrid(*picks, indexing="ij"), -1).reshape(-1, 3)
+    values = data[tuple(index.T)].astype(np.float64)
+    world = index @ affine[:3, :3].T + affine[:3, 3]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    for positions in (world, world * LPS_SIGNS, index, index + 1, index * spacing):
+        away = np.abs(values - positions).mean(0)
+        if (away < ABSOLUTE_NEAR * np.abs(positions).mean(0)).all():
+            return True
+    return False
 
 
 def _in_ras_mm(data: NDArray[np.float32], fmt: WarpFormat, affine: NDArray[Any]) -> Displacement:

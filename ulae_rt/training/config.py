@@ -5,9 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from ulae_rt.errors import ConfigError
+from ulae_rt.strict_csv import decode_text
 
 # What is relative to the file, or on the command line to the working directory.
 _PATHS = (("data", "train"), ("data", "val"), ("output", "folder"), ("optimiser", "start"))
@@ -18,7 +26,16 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_from_a_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would take ``steps = true`` for one step."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("expected no boolean")
+        return value
 
 
 class DataConfig(_Section):
@@ -103,6 +120,13 @@ class AugmentConfig(_Section):
     bias: Fraction = 0.0
     deform_mm: Annotated[float, Field(ge=0, le=5)] = 0.0
 
+    @field_validator("scale")
+    @classmethod
+    def _in_order(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if scale[0] > scale[1]:
+            raise ValueError("expected the smaller one first")
+        return scale
+
 
 class OptimiserConfig(_Section):
     """Adam.
@@ -171,6 +195,22 @@ class TrainConfig(_Section):
     run: RunConfig = RunConfig()
 
 
+def _without_effect(config: TrainConfig) -> str:
+    """What was set and would do nothing, in words; nothing where there is none."""
+    if config.data.val is None:
+        for name, section, key in (
+            ("data", config.data, "val_pairs"), ("output", config.output, "validate_every"),
+        ):  # fmt: skip
+            if key in section.model_fields_set:
+                return f"{name}.{key} has no effect without data.val"
+    settings = config.optimiser
+    if settings.lr_final is not None and settings.lr_final > settings.lr:
+        return "optimiser.lr_final is above optimiser.lr"
+    if config.run.cuda_graph and config.run.device == "cpu":
+        return "run.cuda_graph has no effect on the CPU"
+    return ""
+
+
 def read_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
     """Read and check a configuration.
 
@@ -183,15 +223,21 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
         ConfigError: for a missing file, bad TOML, or an unknown or wrong entry, named.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = tomllib.loads(decode_text(path.read_bytes()))
+    except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({type(error).__name__})", "give the path of a TOML file"
+            f"{path}: cannot be read ({error.strerror})", "give the path of a TOML file"
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
             f"{path}: not valid TOML ({error})", "see configs/ for examples"
         ) from error
+    except RecursionError:
+        raise ConfigError(
+            f"{path}: not valid TOML (nested too deep)", "see configs/ for examples"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}", "save it as UTF-8") from None
     base = path.resolve().parent
     for section, key in _PATHS:
         if isinstance(values.get(section), dict) and isinstance(values[section].get(key), str):
@@ -204,13 +250,16 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
         if isinstance(part, dict):  # anything else is named below
             part[key] = value
     try:
-        return TrainConfig.model_validate(values)
+        config = TrainConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
             f"{path}: {where}: {first['msg']}, got {first.get('input')!r}", "see configs/"
         ) from error
+    if problem := _without_effect(config):
+        raise ConfigError(f"{path}: {problem}", "leave it out, or set the two to fit")
+    return config
 
 
 def _parsed(change: str) -> tuple[str, str, Any]:
@@ -223,5 +272,5 @@ def _parsed(change: str) -> tuple[str, str, Any]:
         )
     try:
         return section, key, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return section, key, text.strip()

@@ -18,14 +18,23 @@ from torch.nn import functional as F
 
 from ulae_rt.conventions import FULL_SHAPE
 from ulae_rt.errors import ConfigError
-from ulae_rt.imaging.nifti import read_volume
+from ulae_rt.imaging.grid import NORMALISATION, Grid, gap_mm, grid_of
+from ulae_rt.imaging.nifti import SUFFIXES, read_grid, read_volume
 from ulae_rt.kernels._separable import along_axes
 from ulae_rt.losses import Labels
+from ulae_rt.strict_csv import decode_text
+from ulae_rt.strict_json import parse_json
 from ulae_rt.training.config import AugmentConfig
 
 # 0.6 GB at 1 mm. Larger sets are read again and again.
 _CACHED_SCANS = 32
 _LABEL_SUFFIX = "_labels"
+_MANIFEST = "prepared.json"  # as `ulae_rt.prepare` calls it
+_PREPARE_AGAIN = (
+    "prepare all scans with one template: ulae-rt prepare SCANS -o DIR --template IMAGE"
+)
+# Rounding in the scan's values.
+_ABOVE_ONE = 1e-4
 # What unpacking two scans at 1 mm takes (half a second on one core) against a GPU's step.
 _MOST_WORKERS = 8
 _KNOTS_MM = 32.0
@@ -144,10 +153,23 @@ def find_scans(source: Path) -> list[Path]:
         ConfigError: when there are fewer than two, or one is missing.
     """
     if source.is_dir():
-        scans = sorted(p for p in source.glob("*.nii*") if not _stem(p).endswith(_LABEL_SUFFIX))
+        scans = sorted(
+            path
+            for path in source.iterdir()
+            if path.name.endswith(SUFFIXES)
+            and not path.name.startswith(".")
+            and not _stem(path).endswith(_LABEL_SUFFIX)
+        )
     elif source.is_file():
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+        try:
+            text = decode_text(source.read_bytes())
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{source}: cannot be read: {reason}", "give UTF-8 text") from None
+        lines = [line.strip() for line in text.splitlines()]
         scans = [source.parent / line for line in lines if line and not line.startswith("#")]
+        if twice := [scan for scan in scans if scans.count(scan) > 1]:
+            raise ConfigError(f"{source}: lists {twice[0]} twice", "remove one of the two lines")
         missing = [p for p in scans if not p.is_file()]
         if missing:
             raise ConfigError(f"{source}: lists {missing[0]}, which does not exist", "fix the list")
@@ -158,6 +180,61 @@ def find_scans(source: Path) -> list[Path]:
             f"{source}: {len(scans)} scan(s), expected at least 2", "run `ulae-rt prepare` first"
         )
     return scans
+
+
+def check_prepared(scans: Sequence[Path]) -> None:
+    """Refuse scans that `ulae-rt prepare` would not have written together; reads headers alone.
+
+    All lie on one grid of the network's shape, as do the label maps beside them; a manifest in
+    their folder names them, that grid and the normalisation.
+
+    Raises:
+        ConfigError: one that does not, by name.
+        ImageError: one that cannot be read.
+    """
+    first = grid_of(read_grid(scans[0]))
+    for scan in scans:
+        for path in (scan, _labels_path(scan)):
+            if path != scan and not path.is_file():
+                continue
+            grid = grid_of(read_grid(path))
+            _check_shape(path, grid.shape)
+            if path == scan and (gap := gap_mm(grid, first)):
+                raise ConfigError(
+                    f"{path}: lies up to {gap:.3g} mm apart from {scans[0]}", _PREPARE_AGAIN
+                )
+            if gap := gap_mm(grid, first):
+                raise ConfigError(
+                    f"{path}: lies up to {gap:.3g} mm apart from its scan", _PREPARE_AGAIN
+                )
+    for folder in dict.fromkeys(scan.parent for scan in scans):
+        if (manifest := folder / _MANIFEST).is_file():
+            _check_manifest(manifest, [scan for scan in scans if scan.parent == folder], first)
+
+
+def _check_manifest(manifest: Path, scans: Sequence[Path], grid: Grid) -> None:
+    try:
+        values = parse_json(manifest.read_bytes())
+        there = {entry["image"] for entry in values["scans"].values()}
+        affine = np.array(values["grid_affine"], np.float64).reshape(4, 4)
+        shape, normalisation = tuple(values["shape"]), values["normalisation"]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{manifest}: is damaged: {reason}", _PREPARE_AGAIN) from None
+    if left := [scan for scan in scans if scan.name not in there]:
+        raise ConfigError(
+            f"{left[0]}: is not among the scans of {manifest.name}, so it is of another run",
+            f"move it out of {manifest.parent}, or prepare all scans again into a new folder",
+        )
+    if normalisation != NORMALISATION:
+        raise ConfigError(
+            f"{manifest}: normalisation {normalisation!r}, expected {NORMALISATION!r}",
+            _PREPARE_AGAIN,
+        )
+    if shape != grid.shape or (gap_mm(Grid(grid.shape, affine), grid)):
+        raise ConfigError(
+            f"{manifest}: its grid is another than that of {scans[0].name}", _PREPARE_AGAIN
+        )
 
 
 def scan_name(path: Path) -> str:
@@ -173,7 +250,13 @@ def _stem(path: Path) -> str:
 def load_scan(path: Path, pool: int) -> Tensor:
     """(1, D, H, W) float32 of a prepared scan, averaged over blocks of ``pool`` voxels an edge."""
     data = read_volume(path).data
-    _check_prepared(path, data.shape)
+    _check_shape(path, data.shape)
+    low, high = float(data.min()), float(data.max())
+    if low < 0 or high > 1 + _ABOVE_ONE:
+        raise ConfigError(
+            f"{path}: values from {low:.4g} to {high:.4g}, expected 0 to 1",
+            "run `ulae-rt prepare` on the scans",
+        )
     scan = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))[None]
     return F.avg_pool3d(scan, pool) if pool > 1 else scan
 
@@ -185,19 +268,29 @@ def load_labels(scan: Path) -> NDArray[np.int32]:
     Raises:
         ConfigError: when there is none.
     """
-    suffix = scan.name.removeprefix(_stem(scan))
-    path = scan.with_name(f"{_stem(scan)}{_LABEL_SUFFIX}{suffix}")
+    path = _labels_path(scan)
     if not path.is_file():
         raise ConfigError(
             f"{path}: no label map beside the scan",
             "run `ulae-rt prepare` on scans that have ID_labels.nii.gz beside them",
         )
     data = read_volume(path, kind="labels").data
-    _check_prepared(path, data.shape)
+    _check_shape(path, data.shape)
+    limits = np.iinfo(np.int32)
+    if data.min() < limits.min or data.max() > limits.max:
+        raise ConfigError(
+            f"{path}: labels from {data.min()} to {data.max()}, expected 32 bits",
+            "run `ulae-rt prepare` on the scans, with labels up to 65535",
+        )
     return np.ascontiguousarray(data, dtype=np.int32)
 
 
-def _check_prepared(path: Path, shape: tuple[int, ...]) -> None:
+def _labels_path(scan: Path) -> Path:
+    suffix = scan.name.removeprefix(_stem(scan))
+    return scan.with_name(f"{_stem(scan)}{_LABEL_SUFFIX}{suffix}")
+
+
+def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
     if shape != FULL_SHAPE:
         raise ConfigError(
             f"{path}: grid {shape}, expected {FULL_SHAPE}", "run `ulae-rt prepare` on the scans"
@@ -252,6 +345,12 @@ class PairDataset:
         maps = {scan: load_labels(scan)[inside] for scan in self.scans}
         values = np.unique(np.concatenate([np.unique(each) for each in maps.values()]))
         values = values[values != 0]
+        if len(values) > np.iinfo(np.int16).max:
+            raise ConfigError(
+                f"the label maps hold {len(values)} labels, expected {np.iinfo(np.int16).max} at "
+                "most",
+                "merge some of them",
+            )
         for scan, each in maps.items():
             counted = np.where(each == 0, 0, np.searchsorted(values, each) + 1)
             self.labels[scan] = torch.from_numpy(counted.astype(np.int16))[None]

@@ -1,10 +1,11 @@
 """The training loop: Adam on ordered pairs, checkpoints it can go on from exactly."""
 
 import csv
+import errno
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,22 @@ from tqdm import tqdm
 
 from ulae_rt import __version__
 from ulae_rt.conventions import FULL_SHAPE, FULL_SPACING_MM
-from ulae_rt.errors import CheckpointError, ConfigError, TrainingError
+from ulae_rt.errors import CheckpointError, ConfigError, OutputError, TrainingError, UlaeError
+from ulae_rt.files import locked_run
 from ulae_rt.imaging.grid import NORMALISATION
 from ulae_rt.losses import Loss
 from ulae_rt.manifest import sha256
 from ulae_rt.model import Metadata, UlaeNet, load_model, save_checkpoint
 from ulae_rt.model.checkpoint import METADATA_KEY, MODEL_KEY, PRECISIONS, read_torch
 from ulae_rt.training.config import OptimiserConfig, TrainConfig
-from ulae_rt.training.data import Batch, PairDataset, find_scans, load_batches, worker_count
+from ulae_rt.training.data import (
+    Batch,
+    PairDataset,
+    check_prepared,
+    find_scans,
+    load_batches,
+    worker_count,
+)
 from ulae_rt.training.processes import Processes
 from ulae_rt.training.step import Outcome, Step
 from ulae_rt.training.validation import Validation, first_pairs, validate
@@ -69,11 +78,11 @@ class Trainer:
         self.config = config
         self.folder = config.output.folder
         self.scans = find_scans(config.data.train)
-        self.val_pairs = (
-            first_pairs(find_scans(config.data.val), config.data.val_pairs)
-            if config.data.val
-            else []
-        )
+        check_prepared(self.scans)
+        validation_scans = find_scans(config.data.val) if config.data.val else []
+        if validation_scans:
+            check_prepared(validation_scans)
+        self.val_pairs = first_pairs(validation_scans, config.data.val_pairs)
         self.processes = Processes(config.run.device)
         torch.manual_seed(config.optimiser.seed)
         self.start_sha256: str | None = None
@@ -83,13 +92,13 @@ class Trainer:
         self.model.metadata = self._metadata()
         self.take_step = Step(self.model, config, self.processes)
         self.step = 0
+        self._state_before = self._state_stamp()
         if resume:
             self._resume()
         elif (self.folder / STATE_FILE).exists():
             raise TrainingError(
                 f"{self.folder} holds an earlier run", "add --resume, or give another output.folder"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Train to the last step; returns the last losses and validation.
@@ -99,8 +108,39 @@ class Trainer:
         Raises:
             TrainingError: when a loss or a gradient is NaN or Inf; the state before that step is
                 kept.
+            OutputError: another run is writing to the folder, or it cannot be written to.
             StoppedElsewhere: the same, in every process but the first, which says why.
         """
+        with ExitStack() as held:
+            self._hold_folder(held)
+            return self._run(report)
+
+    def _hold_folder(self, held: ExitStack) -> None:
+        """Keep other runs out of the folder, and see that none has written to it meanwhile."""
+        problem: UlaeError | None = None
+        if self.processes.first:
+            try:
+                held.enter_context(locked_run(self.folder))
+                if self._state_stamp() != self._state_before:
+                    raise TrainingError(
+                        f"another run has written to {self.folder} since this one was started",
+                        "add --resume to go on with it, or give another output.folder",
+                    )
+            except UlaeError as error:
+                problem = error
+        if self.processes.collect([str(problem)] if problem else []):
+            self.processes.leave()
+            raise problem or StoppedElsewhere
+
+    def _state_stamp(self) -> tuple[int, int, int] | None:
+        """Which file the folder's state is; None where there is none."""
+        try:
+            status = (self.folder / STATE_FILE).stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
+    def _run(self, report: Callable[[str], None]) -> dict[str, Any]:
         settings, output = self.config.optimiser, self.config.output
         first = self.processes.first
         steps = self._steps()
@@ -274,6 +314,10 @@ class Trainer:
                 part,
             )
             part.replace(self.folder / STATE_FILE)
+        except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+            if isinstance(error, OSError) or "write" in str(error):
+                raise _not_written(self.folder / STATE_FILE, error) from None
+            raise
         finally:
             part.unlink(missing_ok=True)
         save_checkpoint(self.folder / WEIGHTS_FILE, self.model, self._metadata())
@@ -283,14 +327,29 @@ class Trainer:
         if not path.is_file():
             raise CheckpointError(f"{path}: nothing to resume", "start without --resume")
         state = read_torch(path)
-        self._check_same_run(state["config"], path)
-        self.model.load_state_dict(state[MODEL_KEY])
-        # Its settings are the configuration's and the device's, not the file's.
-        optimiser = self.take_step.optimiser
-        moments = state["optimiser"]["state"]
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-        torch.set_rng_state(state["random"])
-        self.step = state["step"]
+        try:
+            self._check_same_run(state["config"], path)
+            self.model.load_state_dict(state[MODEL_KEY])
+            # Its settings are the configuration's and the device's, not the file's.
+            optimiser = self.take_step.optimiser
+            moments = state["optimiser"]["state"]
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+            torch.set_rng_state(state["random"])
+            self.step = int(state["step"])
+        except UlaeError:
+            raise
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{path}: is no state of a training run: {reason}",
+                "give the output.folder of a run; weights alone go into optimiser.start",
+            ) from None
+        if self.step >= self.config.optimiser.steps:
+            raise CheckpointError(
+                f"{path}: has done {self.step} steps, and optimiser.steps is "
+                f"{self.config.optimiser.steps}: nothing is left to do",
+                "set more steps: --set optimiser.steps=N",
+            )
         self.start_sha256 = Metadata.from_json(state[METADATA_KEY], str(path)).recipe.get("start")
 
     def _check_same_run(self, text: str, path: Path) -> None:
@@ -333,6 +392,14 @@ class Trainer:
         )
 
 
+def _not_written(path: Path, error: Exception) -> OutputError:
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"{path} cannot be written: the disk is full", "free some of it")
+    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    return OutputError(f"{path} cannot be written: {reason}", "check space and permissions")
+
+
 class _Log:
     """CSV and TensorBoard; rows after the step a run goes on from are dropped first."""
 
@@ -340,9 +407,21 @@ class _Log:
         self.path = folder / LOG_FILE
         rows = []
         if step and self.path.is_file():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self.file = self.path.open("w", newline="", encoding="utf-8")
+            try:
+                with self.path.open(newline="", encoding="utf-8") as file:
+                    reader = csv.DictReader(file, strict=True)
+                    rows = [row for row in reader if int(row["step"]) <= step]
+                if any(row.keys() - set(_LOG_COLUMNS) or None in row.values() for row in rows):
+                    raise ValueError("other columns")
+            except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
+                raise CheckpointError(
+                    f"{self.path}: is no log of this run: {error}",
+                    "move it away: a new one begins at this step",
+                ) from None
+        try:
+            self.file = self.path.open("w", newline="", encoding="utf-8")
+        except OSError as error:
+            raise _not_written(self.path, error) from None
         self.writer = csv.DictWriter(self.file, _LOG_COLUMNS)
         self.writer.writeheader()
         self.writer.writerows(rows)
