@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from _support.brains import GEOMETRIES, save_brain
 from ulae_rt import cli, messages
 from ulae_rt.errors import BatchError
+from ulae_rt.imaging.nifti import read_volume
 from ulae_rt.messages import (
     Messages,
     Once,
@@ -209,3 +210,15 @@ def test_an_empty_argument_is_not_the_current_folder(line, tmp_path, monkeypatch
     assert caught.value.code == 2
     assert "is empty: is it a variable that is not set?" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_reader_says_of_a_file_comes_with_its_name(tmp_path, caplog):
+    """nibabel notes an offset that SPM could not read, in a log of its own."""
+    shape, affine = GEOMETRIES["RAS"]
+    place = save_brain(tmp_path / "a.nii", shape, affine)
+    content = bytearray(place.read_bytes())
+    content[108:112] = np.float32(360).tobytes()  # vox_offset
+    place.write_bytes(content[:352] + bytes(8) + content[352:])
+    with libraries_redirected():
+        read_volume(place)
+    assert [m for m in warned(caplog) if m.startswith(f"{place}: nibabel says: vox offset")]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from _support.brains import GEOMETRIES, brain_at, centre_of, world
+from ulae_rt.errors import ImageError
 from ulae_rt.imaging.grid import intensity_scale, network_input, with_background, working_grid
 from ulae_rt.imaging.nifti import volume_from_array
 from ulae_rt.imaging.similarity import correlation
@@ -157,3 +158,9 @@ def test_similarity_of_the_constant_and_of_nothing_is_zero():
     assert correlation(np.ones(10), np.arange(10)) == 0
     assert correlation(np.zeros(0), np.zeros(0)) == 0
     assert correlation(np.arange(5.0), -np.arange(5.0)) == pytest.approx(-1)
+
+
+def test_values_that_single_precision_cannot_tell_apart_are_refused():
+    with pytest.raises(ImageError, match="expected 1e-35 at least"):
+        volume_from_array(head().data * np.float32(1e-39), AFFINE, name="faint")
+    volume_from_array(head().data * np.float32(1e-35), AFFINE, name="faint")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ulae_rt.errors import DiskFull, GeometryError, ImageError, OutputError, UsageError
 from ulae_rt.files import locked_folders
+from ulae_rt.messages import about
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ _HEADERS: tuple[tuple[int, type[nib.Nifti1Header]], ...] = (
 MAX_EXTENSIONS = 64 << 20
 # Whole numbers up to here are all exact in double precision, through which ITK carries labels.
 MAX_EXACT = 2**53
+# Single precision has steps of 1e-45 near 0: a brain fainter than this would have few shades.
+FAINTEST = 1e-35
 # Hidden names are longer than the places' own, and a file system takes 255 bytes.
 MAX_STEM = 100
 # What reading a damaged file raises; isal's stubs take its class for an instance.
@@ -144,8 +147,9 @@ def open_image(path: PathLike) -> nib.Nifti1Image:
             "convert it first, e.g. with mri_convert or dcm2niix",
         )
     try:
-        _check_layout(path)
-        image = nib.load(path)
+        with about(str(path)):
+            _check_layout(path)
+            image = nib.load(path)
     except ImageError:
         raise
     except PermissionError:
@@ -513,7 +517,7 @@ def read_data(image: nib.Nifti1Image, name: str, kind: Kind = "image") -> NDArra
     if path is not None:
         _check_promise(image, Path(path), name)
     # What overflows becomes Inf, which is refused by name.
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), about(name):
         try:
             if path is not None and str(path).lower().endswith(".gz"):
                 data = _read_packed(image, path)
@@ -570,6 +574,12 @@ def _check_values(data: NDArray[Any], name: str, kind: Kind) -> None:
     elif kind == "image" and low == high:
         raise ImageError(
             f"{name} is constant: every voxel is {low}", "check how it was made or masked"
+        )
+    elif kind == "image" and (largest := max(abs(float(low)), abs(float(high)))) < FAINTEST:
+        raise ImageError(
+            f"{name} has no value further from 0 than {largest:.3g}, expected {FAINTEST:g} at "
+            "least: single precision ends there",
+            "multiply its values, e.g. with numpy",
         )
 
 
