@@ -101,6 +101,10 @@ BARE_PYTHON = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path:$(CURDIR)/bench:
 tune-gpu: build/path  ## measure launch configurations and propose lines for kernels/_configs.py
 	$(BARE_PYTHON) bench/tune.py $(ARGS)
 
+OUT = build/quarter
+gpu-quarter: build/path  ## the most valuable evidence of a GPU in a quarter of an hour: CALL=1, then CALL=2
+	$(BARE_PYTHON) bench/quarter.py --out $(OUT) $(if $(CALL),--call $(CALL)) $(ARGS)
+
 profile-gpu: build/path  ## list the kernels that a training step spends its time in
 	$(BARE_PYTHON) bench/profile_step.py $(ARGS)
 

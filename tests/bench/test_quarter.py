@@ -13,6 +13,7 @@ import quarter
 
 from _support.project import ROOT
 from harness.evidence import FILE, Evidence, rows
+from report.quarter import page
 
 STAGES = """
 import sys, time
@@ -143,3 +144,32 @@ def test_the_rehearsal_runs_every_stage_without_what_is_missing_there(tmp_path: 
     (tests,) = (row for row in known if row["what"] == "tests" and row["stage"] == "tests")
     assert tests["passed"] > 10
     assert "failed" not in tests
+    shown = page(known)
+    for words in (
+        "Rehearsal",
+        "| warp |",
+        "| folded, fp32 |",
+        "A training step",
+        "| goals | done |",
+    ):
+        assert words in shown
+
+
+def test_the_page_of_a_killed_run_says_what_did_not_end(tmp_path: Path) -> None:
+    Evidence(tmp_path, "run").add("begun", small=False, stages=["facts", "ops", "network"])
+    Evidence(tmp_path, "facts").add("machine", title="NVIDIA H200", commit="0123abcde")
+    Evidence(tmp_path, "facts").add("copy", bytes_per_second=4e12)
+    Evidence(tmp_path, "facts").add("stage", how="done", seconds=9.5, budget=15)
+    Evidence(tmp_path, "ops").add(
+        "warp", kernel_rms=[1e-7], reference_rms=[2e-7], same_bits_again=False
+    )
+    values = {"seconds": [5e-5], "median": 5e-5, "bytes": 10**8, "goal": "1.25 x the floor"}
+    Evidence(tmp_path, "goals").add("warp", contender="ulae_rt", status="timed", why="", **values)
+    shown = page(rows(tmp_path))
+    assert "# A quarter of an hour on NVIDIA H200" in shown
+    assert "Rehearsal" not in shown
+    assert "| facts | done | 9.5 | 15 |" in shown
+    assert "| network | not ended |" in shown
+    assert "| warp | 1.0e-07 | 2.0e-07 | **no** |" in shown
+    assert "| warp | ulae_rt | 50 us | 2.00 x | 1.25 x the floor |" in shown
+    assert page([]).startswith("# A quarter of an hour on an unknown machine")
