@@ -33,7 +33,10 @@ HALF: Sizes = (80, 96, 80)
 # Weights that move by tens of voxels, in the steps' own proportions.
 HEAD_SCALES = (1.7, 0.5, 0.5)
 RELEASED_LAYOUT = f"{RELEASED}, channels_last"
+# What torch makes of float32 convolutions on a GPU unless it is told otherwise.
+TF32 = ", TF32"
 PACKAGE = {"ulae_rt fp32": None, "ulae_rt bf16": torch.bfloat16, "ulae_rt fp16": torch.float16}
+PACKAGE_TF32 = f"ulae_rt fp32{TF32}"
 # Two correct float32 runs differ by rounding; a displacement must not by more than this.
 FP32_TOLERANCE_VOXELS = 1e-3
 # Half precision with random, hence rough, weights, in the mean: 0.3 was measured.
@@ -56,6 +59,10 @@ def cases(setting: Setting) -> list[Case]:
     on_gpu = setting.device == "cuda"
     other = SMALL if setting.small else FULL if on_gpu else HALF
     both = (RELEASED, RELEASED_LAYOUT)
+    own: tuple[str, ...] = tuple(PACKAGE)
+    if on_gpu:
+        both = (RELEASED, f"{RELEASED}{TF32}", RELEASED_LAYOUT, f"{RELEASED_LAYOUT}{TF32}")
+        own = (*own, PACKAGE_TF32)
     chosen = {
         VARIANTS[0]: (SMALL if setting.small else FULL, both if on_gpu else both[:1]),
         VARIANTS[1]: (other, both),
@@ -64,12 +71,12 @@ def cases(setting: Setting) -> list[Case]:
         Case(
             NAME,
             f"one pair, {variant} variant",
-            (*released, *PACKAGE),
-            partial(measured, variant, size, (*released, *PACKAGE)),
+            (*released, *own),
+            partial(measured, variant, size, (*released, *own)),
             size,
             precision="fp32 images",
-            baseline=RELEASED,
-            own=tuple(PACKAGE),
+            baseline=f"{RELEASED}{TF32}" if on_gpu else RELEASED,
+            own=own,
             error_unit="voxel, largest",
             about_seconds=100.0 if size == FULL else 30.0,
         )
@@ -120,7 +127,6 @@ def released(
     variant: str, pair: list[Tensor], *, channels_last: bool = False
 ) -> Callable[[], Outputs]:
     """The released code's arithmetic on a pair."""
-    torch.backends.cudnn.allow_tf32 = False
     if device() == "cuda":  # the CPU's figures were taken with it written out
         baselines.use_released_norm()
     state = {key: value.to(device()) for key, value in weights(variant).items()}
@@ -144,11 +150,12 @@ def released(
 def prepare(name: str, variant: str, sizes: Sizes, result: str) -> Callable[[], object]:
     """A contender's process: what it finds is saved once, and then found again and again."""
     pair = images(sizes, 1, device())
+    torch.backends.cudnn.allow_tf32 = name.endswith(TF32)
     if name.startswith(RELEASED):
-        run = released(variant, pair, channels_last=name == RELEASED_LAYOUT)
+        run = released(variant, pair, channels_last=name.startswith(RELEASED_LAYOUT))
     else:
         keep_freed_memory()
-        net = package(variant, PACKAGE[name]).to(device())
+        net = package(variant, PACKAGE[name.removesuffix(TF32)]).to(device())
 
         def run() -> Outputs:
             with torch.inference_mode():
@@ -167,7 +174,7 @@ def errors(found: list[Tensor], truth: list[Tensor]) -> tuple[float, float]:
 def verdict(name: str, found: list[Tensor], truth: list[Tensor]) -> tuple[float, str]:
     """Largest difference from the released arithmetic, and what is wrong with it, or ""."""
     largest, mean = errors(found, truth)
-    exact = "bf16" not in name and "fp16" not in name
+    exact = not any(rough in name for rough in ("bf16", "fp16", TF32))
     off, allowed = (largest, FP32_TOLERANCE_VOXELS) if exact else (mean, HALF_TOLERANCE_VOXELS)
     if not off <= allowed:  # NaN is wrong as well
         kind = "largest" if exact else "mean"
