@@ -10,7 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
+from ulae_rt.arguments import parse_device
+from ulae_rt.errors import BackendUnavailable, EngineMismatch
 from ulae_rt.manifest import Manifest
 from ulae_rt.optional import require
 
@@ -72,19 +73,6 @@ def processor() -> tuple[str, frozenset[str]]:
     name = fields.get("model name") or platform.processor() or platform.machine()
     flags = fields.get("flags") or fields.get("Features") or ""  # x86's word, and Arm's
     return name, frozenset(flags.split())
-
-
-def parse_device(device: str) -> tuple[str, int]:
-    """``auto``, ``cpu`` or ``cuda``, and the number of the GPU.
-
-    Raises:
-        UsageError: for anything else.
-    """
-    kind, separator, index = device.partition(":")
-    known = kind in ("auto", "cpu") and not separator
-    if known or (kind == "cuda" and (index.isdecimal() or not separator)):
-        return kind, int(index or 0)
-    raise UsageError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")
 
 
 def onnxruntime() -> ModuleType:

@@ -257,7 +257,6 @@ class Engine:
                 "fill up with pairs that are there already, or export with --batch 1",
             )
 
-
     def _check_values(self, images: dict[str, Array]) -> None:
         """Intensities in [0, 1], in one pass over each image (0.5 ms at 160x192x160)."""
         for name, image in images.items():
