@@ -19,8 +19,8 @@ from ulae_rt.engines.machine import (
 )
 from ulae_rt.engines.session import ExportedEngine
 from ulae_rt.errors import BackendUnavailable, EngineMismatch, UlaeError
-from ulae_rt.manifest import PRECISIONS as MADE_PRECISIONS
 from ulae_rt.manifest import (
+    EXPORT_AGAIN_HINT,
     SUFFIX_OF,
     TOLERANCES,
     VERIFIED,
@@ -29,6 +29,7 @@ from ulae_rt.manifest import (
     network_differences,
     sha256,
 )
+from ulae_rt.manifest import PRECISIONS as MADE_PRECISIONS
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", *MADE_PRECISIONS)
 SUFFIXES = tuple(dict.fromkeys(SUFFIX_OF.values()))
-
-_AGAIN = "export the weights again: python -m ulae_rt.export --weights FILE"
 
 # What is faster where nothing was measured. On the CPU ONNX Runtime has fp16 only in name: it
 # casts every operand to fp32 and every result back.
@@ -193,7 +192,9 @@ def _artefacts(path: Path) -> list[Path]:
         if entry.match("ulae-net-*.json") and entry not in described:
             files.add(entry)
     if not files:
-        raise EngineMismatch(f"{path}: holds no engine, expected an export's folder", _AGAIN)
+        raise EngineMismatch(
+            f"{path}: holds no engine, expected an export's folder", EXPORT_AGAIN_HINT
+        )
     return sorted(files)
 
 
@@ -321,7 +322,7 @@ def _open(candidate: Candidate) -> ExportedEngine:
         place = what_is_at(path)
         if place != "file":
             reason = "it is a folder" if place == "folder" else place
-            raise EngineMismatch(f"{path}: cannot be read ({reason})", _AGAIN)
+            raise EngineMismatch(f"{path}: cannot be read ({reason})", EXPORT_AGAIN_HINT)
         content = path.read_bytes()
     except OSError as error:
         raise EngineMismatch(
@@ -333,7 +334,7 @@ def _open(candidate: Candidate) -> ExportedEngine:
         raise EngineMismatch(
             f"{path}: SHA-256 {found[:12]}..., expected {manifest.artefact_sha256[:12]}... "
             "by its manifest; it was changed or damaged after it was verified",
-            _AGAIN,
+            EXPORT_AGAIN_HINT,
         )
     if manifest.status != VERIFIED:
         logger.warning("%s is %s: nothing is known of its errors", path.name, manifest.status)

@@ -17,7 +17,7 @@ from ulae_rt.errors import (
     ShapeError,
     UsageError,
 )
-from ulae_rt.manifest import ANY_BATCH, Manifest
+from ulae_rt.manifest import ANY_BATCH, EXPORT_AGAIN_HINT, Manifest
 
 _log = logging.getLogger(__name__)
 
@@ -331,7 +331,7 @@ class ExportedEngine(Engine):
                 raise EngineMismatch(
                     f"{manifest.artefact}: its {what} are {found}, expected {expected} by its "
                     "manifest",
-                    "export the weights again: python -m ulae_rt.export --weights FILE",
+                    EXPORT_AGAIN_HINT,
                 )
         super().__init__(backend, manifest.metadata, manifest.precision, manifest.weights_sha256)
         self.manifest = manifest

@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="largest error that passes, in every precision; flips of the determinant's sign pass by "
-        "their rate in a million (sign_flips) or by their number (sign_flip_count); NAME is one of "
+        help="largest error that passes, in every precision; flips of the determinant's sign pass "
+        "by their rate in a million (sign_flips) or by number (sign_flip_count); NAME is one of "
         f"{', '.join(TOLERANCE_NAMES)}",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be made, and stop")

@@ -167,15 +167,15 @@ def export(config: ExportConfig, progress: Progress) -> tuple[list[Exported], li
         try:
             exported.append(_export(network, item, prepared, config, left_out))
         except ExportError as error:
-            error = type(error)(f"{item.name}: {error}", error.hint)
+            named = type(error)(f"{item.name}: {error}", error.hint)
             if item.precision in (config.precisions or ()):
-                raise error from error.__cause__
-            failures[item] = error
-            left_out.append(LeftOut(item.name, str(error), error.hint))
+                raise named from error
+            failures[item] = named
+            left_out.append(LeftOut(item.name, str(named), named.hint))
     made = {each.manifest.kind for each in exported}
-    for item, error in failures.items():
+    for item, failure in failures.items():
         if not exported or (item.kind in (config.formats or ()) and item.kind not in made):
-            raise error
+            raise failure
     if failures:
         write_report(config.folder, left_out)
     return exported, left_out

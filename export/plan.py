@@ -92,8 +92,9 @@ def plan(config: ExportConfig) -> Plan:
     chosen = list(dict.fromkeys(_named(config) if config.formats else _default(config)))
     if not chosen:
         raise UsageError(
-            f"precision {', '.join(config.precisions or ())} is in none of the default formats",
-            "name a format: --format pt2",
+            f"no default format has precision {', '.join(config.precisions or ())} with batch "
+            "dynamic",
+            "leave out --batch dynamic, or take --precision fp32 or fp16",
         )
     _check_effect(config, chosen)
     lacking = [(item, item.missing) for item in chosen]
@@ -111,7 +112,9 @@ def _check_effect(config: ExportConfig, chosen: list[Item]) -> None:
         raise UsageError(
             f"--hardware-compatibility {config.compatibility} has no effect: it is of TensorRT "
             "engines, and none is made",
-            "leave it out, or add e.g. --format tensorrt-rtx --target sm80",
+            "leave it out, or add --format tensorrt-rtx --target sm80"
+            if config.compatibility == "ampere-plus"
+            else "leave it out, or add --format tensorrt on a machine with such a GPU",
         )
     if config.timing_cache is not None and "tensorrt" not in kinds:
         raise UsageError(

@@ -15,7 +15,14 @@ from pathlib import Path
 from ulae_rt.errors import EngineMismatch, OutputError, UsageError
 from ulae_rt.export.files import check_folder
 from ulae_rt.files import locked_folders
-from ulae_rt.manifest import ANY_BATCH, VERIFIED, Manifest, TensorSpec, sha256
+from ulae_rt.manifest import (
+    ANY_BATCH,
+    EXPORT_AGAIN_HINT,
+    VERIFIED,
+    Manifest,
+    TensorSpec,
+    sha256,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -161,7 +168,7 @@ def _write_model(model: Path, path: Path, manifest: Manifest) -> None:
     if sha256(content) != manifest.artefact_sha256:
         raise EngineMismatch(
             f"{path}: is not the file its manifest is of",
-            "export the weights again: python -m ulae_rt.export --weights FILE",
+            EXPORT_AGAIN_HINT,
         )
     version = model / "1"
     version.mkdir(parents=True)

@@ -40,7 +40,10 @@ TENSORS = {
 }
 
 _LARGEST_FILE = 2**20  # bytes; a manifest has 4,000
-_AGAIN = "export the weights again: python -m ulae_rt.export --weights FILE"
+# With what replaces the artefact that is there: without --overwrite it would be refused.
+EXPORT_AGAIN_HINT = (
+    "export the weights again: python -m ulae_rt.export --weights FILE --out DIR --overwrite"
+)
 
 
 @dataclass(frozen=True)
@@ -267,14 +270,16 @@ class Manifest:
                 raise ValueError(f"{size} bytes, expected some thousands")
             values = parse_json(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise EngineMismatch(f"{path}: not a manifest ({error.strerror})", _AGAIN) from error
+            raise EngineMismatch(
+                f"{path}: not a manifest ({error.strerror})", EXPORT_AGAIN_HINT
+            ) from error
         except ValueError as error:
-            raise EngineMismatch(f"{path}: not a manifest ({error})", _AGAIN) from error
+            raise EngineMismatch(f"{path}: not a manifest ({error})", EXPORT_AGAIN_HINT) from error
         version = values.get("format_version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION or not isinstance(version, int):
             raise EngineMismatch(
                 f"{path}: manifest format {str(version)[:40]}, expected {FORMAT_VERSION}",
-                f"another version of ulae_rt wrote it; {_AGAIN}",
+                f"another version of ulae_rt wrote it; {EXPORT_AGAIN_HINT}",
             )
         try:
             manifest: Manifest = _parse(cls, values, "manifest")
@@ -282,10 +287,11 @@ class Manifest:
         except _UnknownChoice as error:
             raise EngineMismatch(
                 f"{path}: {error}",
-                f"a newer version of ulae_rt wrote it; install that version, or {_AGAIN}",
+                "a newer version of ulae_rt wrote it; install that version, or "
+                f"{EXPORT_AGAIN_HINT}",
             ) from error
         except ValueError as error:
-            raise EngineMismatch(f"{path}: {error}", _AGAIN) from error
+            raise EngineMismatch(f"{path}: {error}", EXPORT_AGAIN_HINT) from error
         return manifest
 
 

@@ -223,6 +223,15 @@ def test_program_of_another_torch_is_refused(folder, libraries, monkeypatch):
     edit(folder / "ulae-net-fp32.json", versions={"torch": "2.14.0"})
     with pytest.raises(EngineMismatch, match=r"built with torch 2\.14\.0, and torch 2\.13\.0\+cpu"):
         load_engine(folder)
+    # The package index has no torch 2.14.0+cu130, nor an unknown one.
+    edit(folder / "ulae-net-fp32.json", versions={"torch": "2.14.0+cu130"})
+    with pytest.raises(EngineMismatch) as caught:
+        load_engine(folder)
+    assert "(pip install torch==2.14.0)" in caught.value.hint
+    edit(folder / "ulae-net-fp32.json", versions={})
+    with pytest.raises(EngineMismatch) as caught:
+        load_engine(folder)
+    assert "pip install" not in caught.value.hint
 
 
 def test_missing_torch_is_one_sentence(folder, monkeypatch):

@@ -263,7 +263,7 @@ def test_dry_run_names_everything_and_does_nothing(tmp_path, capsys):
         (["--precision", "int8"], "choose from"),
         (["--batch", "many"], "batch is 'many'"),
         (["--batch", "0"], "batch is 0"),
-        (["--batch", "-1"], "expected at least one argument"),
+        (["--batch", "-1"], "batch is '-1', expected a number or 'dynamic'"),
         (["--batch=-1"], "batch is '-1', expected a number or 'dynamic'"),
         (["--tolerance", "disp_max=nan"], "tolerance disp_max is nan, expected 0 or more"),
         (["--tolerance", "disp_max=inf"], "tolerance disp_max is inf, expected 0 or more"),

@@ -13,8 +13,8 @@ import pytest
 from _support.engines import edit, make_manifest, measured, write_engine
 from _support.nets import small_net, small_weights
 from ulae_rt.cli import run_command
-from ulae_rt.engines import load_engine
-from ulae_rt.errors import EquivalenceError, ExportError, OutputError
+from ulae_rt.engines import load_engine, survey
+from ulae_rt.errors import EngineMismatch, EquivalenceError, ExportError, OutputError
 from ulae_rt.export import exporter
 from ulae_rt.export.config import TOLERANCES, ExportConfig
 from ulae_rt.export.report import report_of
@@ -384,3 +384,41 @@ def test_report_has_the_tolerance(tmp_path):
     assert "- Tolerance of ulae-net-fp32.onnx: disp_mean 0.0002, disp_p99 0.001" in text
     assert "- Left out: ulae-net-bf16-cpu.pt2: too far off" in text
     assert load_engine(tmp_path).manifest.status == VERIFIED
+
+
+# Hints, followed
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("damage", ["artefact", "manifest", "old", "no-artefact", "changed"])
+def test_hint_to_export_again_mends_the_folder(tmp_path, weights, capsys, damage):
+    out = tmp_path / "engine"
+    options = ("--weights", weights, "--out", out, "--format", "onnx", "--precision", "fp32")
+    assert run(capsys, *options)[0] == 0
+    artefact, manifest = out / "ulae-net-fp32.onnx", out / "ulae-net-fp32.json"
+    if damage == "artefact":
+        artefact.write_bytes(b"damaged")
+    elif damage == "no-artefact":
+        artefact.unlink()
+    elif damage == "manifest":
+        manifest.write_text("{")
+    else:
+        edit(manifest, **({"format_version": 2} if damage == "old" else {"target": "sm90"}))
+    with pytest.raises(EngineMismatch) as caught:
+        load_engine(out)
+    assert "--weights FILE --out DIR --overwrite" in caught.value.hint
+    assert run(capsys, *options)[0] == 1  # without --overwrite it would not be mended
+    assert run(capsys, *options, "--overwrite")[0] == 0
+    assert survey(out)[0].refusal is None
+    assert sha256(artefact.read_bytes()) == Manifest.read(manifest).artefact_sha256
+
+
+@pytest.mark.usefixtures("fake")
+def test_hint_for_a_file_that_is_there(tmp_path, weights, capsys):
+    options = ("--weights", weights, "--format", "onnx", "--precision", "fp32", "--out")
+    out = tmp_path / "engine"
+    assert run(capsys, *options, out)[0] == 0
+    _, _, err = run(capsys, *options, out)
+    assert "hint: pass --overwrite, or another --out" in err
+    assert run(capsys, *options, tmp_path / "another")[0] == 0
+    assert run(capsys, *options, out, "--overwrite")[0] == 0

@@ -201,10 +201,10 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # its own, and KeyError or TypeError for types torch does not have
         raise _damaged(path, error) from error
-    state = _unwrapped(state)
+    state = _unwrapped(tensors)
     if text is not None:
         return state, Metadata.from_json(text, str(path))
     if any(_RELEASED_KEY.fullmatch(key) for key in state):

@@ -71,7 +71,7 @@ class Metadata:
 
 _MAY_BE_MISSING = {"training_data", "licence", "recipe", "versions"}
 _LARGEST_CHANNELS = 1024
-_TYPES = {
+_TYPES: dict[str, type | tuple[type, ...]] = {
     "variant": str, "channels": int, "accumulate": bool, "uncoupled": bool, "shape": list,
     "spacing_mm": (int, float), "normalisation": str, "training_data": str, "licence": str,
     "recipe": dict, "versions": dict,
