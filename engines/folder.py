@@ -1,10 +1,13 @@
 """A folder of artefacts: which of them can run on this machine, and which is the fastest."""
 
+import itertools
 import logging
-from collections.abc import Callable
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ulae_rt.arguments import check_choice, parse_device, path_of, what_is_at
 from ulae_rt.engines.backends import BACKENDS, backend_of, open_backend
 from ulae_rt.engines.backends.base import failure
 from ulae_rt.engines.machine import (
@@ -12,20 +15,29 @@ from ulae_rt.engines.machine import (
     check,
     devices_for,
     machine_name,
-    parse_device,
     processor,
 )
 from ulae_rt.engines.session import ExportedEngine
-from ulae_rt.errors import BackendUnavailable, EngineMismatch, UlaeError, UsageError
-from ulae_rt.manifest import VERIFIED, Manifest, manifest_path, sha256
+from ulae_rt.errors import BackendUnavailable, EngineMismatch, UlaeError
+from ulae_rt.manifest import (
+    EXPORT_AGAIN_HINT,
+    SUFFIX_OF,
+    TOLERANCES,
+    VERIFIED,
+    Manifest,
+    manifest_path,
+    network_differences,
+    sha256,
+)
+from ulae_rt.manifest import PRECISIONS as MADE_PRECISIONS
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-_TENSORS = (("moving", 1), ("fixed", 1), ("moved", 1), ("disp", 3))  # and their channels
-SUFFIXES = (".onnx", ".engine", ".pt2")
-
-_AGAIN = "export the weights again: python -m ulae_rt.export --weights FILE"
+PRECISIONS = ("auto", *MADE_PRECISIONS)
+SUFFIXES = tuple(dict.fromkeys(SUFFIX_OF.values()))
 
 # What is faster where nothing was measured. On the CPU ONNX Runtime has fp16 only in name: it
 # casts every operand to fp32 and every result back.
@@ -56,7 +68,10 @@ class Candidate:
 
 
 def survey(
-    path: str | Path, device: str = "auto", backend: str = "auto", precision: str = "auto"
+    path: str | os.PathLike[str],
+    device: "str | torch.device" = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
 ) -> list[Candidate]:
     """What `load_engine` has to choose from, in the order in which it would.
 
@@ -71,22 +86,19 @@ def survey(
         precision: one of `PRECISIONS`, of a folder; a file is what it is.
 
     Raises:
-        EngineMismatch: if there is no artefact at all, or none of that backend or precision.
-        UsageError: for an unknown device, backend or precision.
+        EngineMismatch: if there is no artefact at all, none of that backend and precision, or if
+            those of a folder are of different networks.
+        UsageError: for a path, device, backend or precision that is none.
     """
-    path = Path(path)
-    for name, value, choices in (
-        ("backend", backend, BACKENDS),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in choices:
-            raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    path = path_of(path)
+    check_choice("backend", backend, BACKENDS)
+    check_choice("precision", precision, PRECISIONS)
     kind, index = parse_device(device)
     found = [_read(artefact) for artefact in _artefacts(path)]
     manifests = [candidate.manifest for candidate in found if candidate.manifest]
     if path.is_dir():
-        manifests = _wanted(path, manifests, "precision", precision, lambda m: m.precision)
-    manifests = _wanted(path, manifests, "backend", backend, backend_of)
+        _check_one_network(path, manifests)
+    manifests = _wanted(path, manifests, backend, precision if path.is_dir() else "auto")
     candidates = [candidate for candidate in found if candidate.refusal]
     folder, named = (path, backend != "auto") if path.is_dir() else (path.parent, True)
     place = "cpu" if kind == "cpu" else f"cuda:{index}"
@@ -100,17 +112,22 @@ def survey(
 
 
 def load_engine(
-    path: str | Path, device: str = "auto", backend: str = "auto", precision: str = "auto"
+    path: str | os.PathLike[str],
+    device: "str | torch.device" = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
 ) -> ExportedEngine:
     """Open an engine that the exporter wrote: of a folder the fastest that this machine can run.
 
     Its manifest is checked before the file is opened, and the bytes that are opened are those
     whose hash was compared. An engine that was built, but never run and compared, is opened only
-    where its file or its backend is named, and a warning says so.
+    where its file or its backend is named, and a warning says so, as it does of one that was
+    verified with a looser tolerance than the standard. The engines of a folder have to be of one
+    network, since any of them may be the one that is opened.
 
     Args:
         path: the folder the exporter wrote, or one artefact in it, its manifest beside it.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, or a ``torch.device``.
         backend: ``auto``, ``onnxruntime``, ``tensorrt``, ``tensorrt-rtx`` or ``pt2``.
         precision: ``auto``, ``fp32``, ``fp16`` or ``bf16``, of a folder; a file is what it is.
 
@@ -148,19 +165,36 @@ def load_engine(
 
 def _artefacts(path: Path) -> list[Path]:
     """The files to look at; of a folder also those that only a manifest speaks of."""
-    if not path.is_dir():
-        if not path.is_file():
+    place = what_is_at(path)
+    if place == "not there":
+        raise EngineMismatch(
+            f"{path}: no such engine", "give the folder that export wrote, or a file in it"
+        )
+    if place not in ("file", "folder"):
+        raise EngineMismatch(f"{path}: {place}", "give the folder that export wrote")
+    if place == "file":
+        if path.suffix.lower() not in SUFFIXES:
             raise EngineMismatch(
-                f"{path}: no such engine", "give the folder that export wrote, or a file in it"
+                f"{path}: is no engine, expected a folder or a file {', '.join(SUFFIXES)}",
+                "give the folder that export wrote; weights are opened with load_network, or "
+                "--weights",
             )
         return [path]
-    files = {file for file in path.iterdir() if file.suffix in SUFFIXES}
+    try:
+        entries = list(path.iterdir())
+    except OSError as error:
+        raise EngineMismatch(
+            f"{path}: cannot be listed ({error.strerror})", "check the folder's permissions"
+        ) from error
+    files = {file for file in entries if file.suffix.lower() in SUFFIXES}
     described = {manifest_path(file) for file in files}
-    for manifest in sorted(path.glob("ulae-net-*.json")):
-        if manifest not in described:
-            files.add(manifest)
+    for entry in entries:
+        if entry.match("ulae-net-*.json") and entry not in described:
+            files.add(entry)
     if not files:
-        raise EngineMismatch(f"{path}: holds no engine, expected an export's folder", _AGAIN)
+        raise EngineMismatch(
+            f"{path}: holds no engine, expected an export's folder", EXPORT_AGAIN_HINT
+        )
     return sorted(files)
 
 
@@ -181,45 +215,56 @@ def _read(artefact: Path) -> Candidate:
 
 
 def _check_names(manifest: Manifest, artefact: Path) -> None:
-    """That the manifest is the artefact's, and promises what an `Engine` feeds and gives."""
+    """That the manifest is the artefact's."""
     if manifest.artefact != artefact.name:
         raise EngineMismatch(
             f"{manifest_path(artefact)}: is the manifest of {manifest.artefact}, expected "
             f"{artefact.name}",
             "an artefact keeps the name its export gave it",
         )
-    if manifest.precision not in PRECISIONS[1:]:
-        raise EngineMismatch(
-            f"{manifest_path(artefact)}: precision is {manifest.precision!r}, expected one of "
-            f"{', '.join(PRECISIONS[1:])}",
-            f"a newer version of ulae_rt wrote it; install that version, or {_AGAIN}",
-        )
-    found = [(spec.name, spec.dtype, spec.shape) for spec in (*manifest.inputs, *manifest.outputs)]
-    expected = [
-        (name, "float32", (manifest.batch, channels, *manifest.metadata.shape))
-        for name, channels in _TENSORS
+
+
+def _check_one_network(folder: Path, manifests: list[Manifest]) -> None:
+    """Of two networks the faster one would decide what the images become."""
+    for one, other in itertools.pairwise(manifests):
+        if difference := network_differences(one, other):
+            raise EngineMismatch(
+                f"{folder}: holds engines of two networks, {one.artefact} and {other.artefact}: "
+                f"{difference}",
+                "name one file to open it, or keep the engines of each network in a folder of "
+                "their own",
+            )
+
+
+def _wanted(path: Path, manifests: list[Manifest], backend: str, precision: str) -> list[Manifest]:
+    """Those of the backend and precision that were asked for."""
+    wanted = [
+        manifest
+        for manifest in manifests
+        if backend in ("auto", backend_of(manifest)) and precision in ("auto", manifest.precision)
     ]
-    if found != expected:
+    if wanted or not manifests:
+        return wanted
+    if not path.is_dir():
         raise EngineMismatch(
-            f"{manifest_path(artefact)}: its inputs and outputs are {found}, expected {expected}",
-            _AGAIN,
+            f"{path}: is opened by {backend_of(manifests[0])}, not by backend {backend}",
+            f"use --backend auto or {backend_of(manifests[0])}",
         )
-
-
-def _wanted(
-    path: Path, manifests: list[Manifest], name: str, value: str, of: Callable[[Manifest], str]
-) -> list[Manifest]:
-    """Those whose ``name`` is the ``value`` that was asked for."""
-    if value == "auto" or not manifests:
-        return manifests
-    wanted = [manifest for manifest in manifests if of(manifest) == value]
-    if not wanted:
-        there = ", ".join(sorted({of(manifest) for manifest in manifests}))
-        raise EngineMismatch(
-            f"{path}: holds no engine of {name} {value}, only {there}",
-            f"ask for one that is there, or export with it; --{name} auto takes the fastest",
-        )
-    return wanted
+    if backend == "auto":
+        asked = f"precision {precision}"
+    else:
+        asked = f"backend {backend}" + (f" in {precision}" if precision != "auto" else "")
+    precisions: dict[str, set[str]] = {}
+    for manifest in manifests:
+        precisions.setdefault(backend_of(manifest), set()).add(manifest.precision)
+    there = "; ".join(
+        f"{name} in {', '.join(sorted(precisions[name]))}" for name in sorted(precisions)
+    )
+    raise EngineMismatch(
+        f"{path}: holds no engine of {asked}; it holds {there}",
+        "ask for what is there, or export what is not; --backend and --precision auto take the "
+        "fastest",
+    )
 
 
 def _judge(candidate: Candidate, named: bool) -> Candidate:
@@ -274,17 +319,37 @@ def _open(candidate: Candidate) -> ExportedEngine:
     manifest, path = candidate.manifest, candidate.artefact
     assert manifest is not None
     try:
+        place = what_is_at(path)
+        if place != "file":
+            reason = "it is a folder" if place == "folder" else place
+            raise EngineMismatch(f"{path}: cannot be read ({reason})", EXPORT_AGAIN_HINT)
         content = path.read_bytes()
     except OSError as error:
-        raise EngineMismatch(f"{path}: cannot be read ({error.strerror})", _AGAIN) from error
+        raise EngineMismatch(
+            f"{path}: cannot be read ({error.strerror})", "check the file's permissions"
+        ) from error
     except MemoryError as error:
         raise failure(f"reading {path}", error) from error
     if (found := sha256(content)) != manifest.artefact_sha256:
         raise EngineMismatch(
             f"{path}: SHA-256 {found[:12]}..., expected {manifest.artefact_sha256[:12]}... "
             "by its manifest; it was changed or damaged after it was verified",
-            _AGAIN,
+            EXPORT_AGAIN_HINT,
         )
     if manifest.status != VERIFIED:
         logger.warning("%s is %s: nothing is known of its errors", path.name, manifest.status)
+    if loose := loosened(manifest):
+        logger.warning(
+            "%s was verified with a looser tolerance than the standard of %s: %s",
+            path.name, manifest.precision, loose,
+        )  # fmt: skip
     return ExportedEngine(manifest, open_backend(manifest, content, candidate.device))
+
+
+def loosened(manifest: Manifest) -> str:
+    """What of its tolerance is looser than the standard (in brackets); empty if nothing is."""
+    standard = TOLERANCES[manifest.precision]
+    return ", ".join(
+        f"{name} {getattr(manifest.tolerance, name):g} ({getattr(standard, name):g})"
+        for name in manifest.tolerance.looser_than_standard(manifest.precision)
+    )

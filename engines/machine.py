@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
-from ulae_rt.manifest import Manifest
+from ulae_rt.arguments import parse_device
+from ulae_rt.errors import BackendUnavailable, EngineMismatch
+from ulae_rt.manifest import EXPORT_AGAIN_HINT, Manifest
 from ulae_rt.optional import require
 
 BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # of a processor that multiplies it
@@ -21,7 +22,6 @@ TENSORRT_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 CUDA_PROVIDER = "CUDAExecutionProvider"  # ONNX Runtime's word for CUDA
 
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-_AGAIN = "export the weights on this machine: python -m ulae_rt.export --weights FILE"
 
 
 class Gpu(NamedTuple):
@@ -72,19 +72,6 @@ def processor() -> tuple[str, frozenset[str]]:
     name = fields.get("model name") or platform.processor() or platform.machine()
     flags = fields.get("flags") or fields.get("Features") or ""  # x86's word, and Arm's
     return name, frozenset(flags.split())
-
-
-def parse_device(device: str) -> tuple[str, int]:
-    """``auto``, ``cpu`` or ``cuda``, and the number of the GPU.
-
-    Raises:
-        UsageError: for anything else.
-    """
-    kind, separator, index = device.partition(":")
-    known = kind in ("auto", "cpu") and not separator
-    if known or (kind == "cuda" and (index.isdecimal() or not separator)):
-        return kind, int(index or 0)
-    raise UsageError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")
 
 
 def onnxruntime() -> ModuleType:
@@ -177,10 +164,15 @@ def _check_library(manifest: Manifest) -> None:
     # torch reads what its own minor version wrote; a plan opens with the very build alone.
     parts = 2 if manifest.kind == "pt2" else None
     if made.split(".")[:parts] != found.split(".")[:parts]:
+        hint = EXPORT_AGAIN_HINT
+        if made != "unknown":
+            # Without +cpu or +cu130, which only torch's own index knows.
+            version = made.partition("+")[0]
+            hint = f"install the one that built it (pip install {package}=={version}), or {hint}"
         raise EngineMismatch(
             f"{manifest.artefact}: was built with {module} {made}, and {module} {found} is "
             "installed",
-            f"install the one that built it (pip install {package}=={made}), or {_AGAIN}",
+            hint,
         )
 
 

@@ -18,9 +18,8 @@ from ulae_rt.export.config import (
     PRECISIONS,
     TOLERANCES,
     ExportConfig,
-    Tolerance,
 )
-from ulae_rt.manifest import ANY_BATCH, KINDS, VERIFIED
+from ulae_rt.manifest import ANY_BATCH, KINDS, TOLERANCE_NAMES, VERIFIED
 from ulae_rt.optional import require
 
 
@@ -37,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs=3,
         metavar=("D", "H", "W"),
-        help="grid of the engine, multiples of 16; default: the one the weights were trained on",
+        help="grid of the engine, multiples of 16, the smallest 16 16 16; default: the one the "
+        "weights were trained on",
     )
     parser.add_argument("--format", action="append", choices=KINDS, help="may be repeated")
     parser.add_argument(
@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help=f"largest error that passes; NAME is one of {', '.join(Tolerance._fields)}",
+        help="largest error that passes, in every precision; flips of the determinant's sign pass "
+        "by their rate in a million (sign_flips) or by number (sign_flip_count); NAME is one of "
+        f"{', '.join(TOLERANCE_NAMES)}",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be made, and stop")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -94,26 +96,38 @@ def run(arguments: argparse.Namespace, report: Report) -> dict[str, Any]:
         targets=_chosen(arguments.target),
         batches=tuple(dict.fromkeys(map(_batch, arguments.batch))),
         compatibility=arguments.hardware_compatibility,
-        tolerances=dict(map(_tolerance, arguments.tolerance)),
+        tolerances=_tolerances(arguments.tolerance),
         timing_cache=arguments.timing_cache,
         triton_repository=arguments.triton_repository,
         overwrite=arguments.overwrite,
     )
     for library in ("torch", "safetensors", "onnx", "onnxscript"):
         require(library, "export")
-    from ulae_rt.export.plan import plan
+    if not arguments.dry_run:
+        return _export(config, report)
+    from ulae_rt.export.exporter import prepare
 
-    decided = plan(config)
-    for item, missing in decided.left_out:
-        report(f"not made: {item.name}: {missing.message} ({missing.hint})")
-    if arguments.dry_run:
-        for item in decided.items:
-            report(f"would make {config.folder / item.name}")
-        for precision in dict.fromkeys(item.precision for item in decided.items):
-            allowed = config.tolerance(precision)._asdict().items()
-            report(f"{precision} may be off by {', '.join(f'{k} {v:g}' for k, v in allowed)}")
-        return {"would_make": [str(config.folder / item.name) for item in decided.items]}
-    return _export(config, report)
+    decided = prepare(config).plan
+    left_out = [
+        {"artefact": item.name, "reason": missing.message, "hint": missing.hint}
+        for item, missing in decided.left_out
+    ]
+    _say_left_out(left_out, report)
+    for item in decided.items:
+        report(f"would make {config.folder / item.name}")
+    for precision in dict.fromkeys(item.precision for item in decided.items):
+        allowed = dataclasses.asdict(config.tolerance(precision)).items()
+        report(f"{precision} may be off by {', '.join(f'{k} {v:g}' for k, v in allowed)}")
+    return {
+        "would_make": [str(config.folder / item.name) for item in decided.items],
+        "left_out": left_out,
+    }
+
+
+def _say_left_out(left_out: list[dict[str, str]], report: Report) -> None:
+    for each in left_out:
+        name = each["artefact"]
+        report(f"not made: {name}: {each['reason'].removeprefix(f'{name}: ')} ({each['hint']})")
 
 
 def _export(config: ExportConfig, report: Report) -> dict[str, Any]:
@@ -127,7 +141,7 @@ def _export(config: ExportConfig, report: Report) -> dict[str, Any]:
         def progress(stage: str) -> None:
             bar.set_description_str(stage)
 
-        exported = export(config, progress)
+        exported, omitted = export(config, progress)
     artefacts = []
     for item in exported:
         line = f"{item.path}  {item.size_mb:.1f} MB  {item.seconds:.0f} s  {item.manifest.status}"
@@ -148,7 +162,9 @@ def _export(config: ExportConfig, report: Report) -> dict[str, Any]:
                 "manifest": dataclasses.asdict(item.manifest),
             }
         )
-    result: dict[str, Any] = {"artefacts": artefacts}
+    left_out = [{"artefact": o.name, "reason": o.reason, "hint": o.hint} for o in omitted]
+    _say_left_out(left_out, report)
+    result: dict[str, Any] = {"artefacts": artefacts, "left_out": left_out}
     if config.triton_repository is not None:
         models = write_repository(
             config.triton_repository,
@@ -169,12 +185,21 @@ def _chosen(values: list[str] | None) -> tuple[str, ...] | None:
 def _batch(text: str) -> int:
     if text == "dynamic":
         return ANY_BATCH
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UsageError(
-            f"batch is {text!r}, expected a number or 'dynamic'", "e.g. --batch 1 4 8"
-        ) from error
+    if not (text.isascii() and text.isdecimal() and len(text) < 6):
+        raise UsageError(f"batch is {text!r}, expected a number or 'dynamic'", "e.g. --batch 1 4 8")
+    return int(text)
+
+
+def _tolerances(texts: list[str]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for text in texts:
+        name, value = _tolerance(text)
+        if name in values:
+            raise UsageError(
+                f"--tolerance {name} is given twice, {values[name]:g} and {value:g}", "give one"
+            )
+        values[name] = value
+    return values
 
 
 def _tolerance(text: str) -> tuple[str, float]:

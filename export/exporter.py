@@ -6,21 +6,27 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ulae_rt.engines.backends import Backend, open_backend
 from ulae_rt.engines.machine import devices_for
-from ulae_rt.errors import BackendUnavailable, OutputError, UsageError
+from ulae_rt.errors import (
+    BackendUnavailable,
+    EngineMismatch,
+    ExportError,
+    OutputError,
+    UsageError,
+)
 from ulae_rt.export import pt2, tensorrt
 from ulae_rt.export.cases import Case, canary_case, canary_heads, sample_case
 from ulae_rt.export.census import types_of, work_of
 from ulae_rt.export.config import MAX_VOXELS, ExportConfig, Tolerance, check_shape
-from ulae_rt.export.files import check_writable, publish
+from ulae_rt.export.files import check_folder, check_writable, publish
 from ulae_rt.export.graph import check_rewriting
 from ulae_rt.export.onnx import INPUTS, OPSET, OUTPUTS, onnx_from_model, with_heads_of
-from ulae_rt.export.plan import Item, plan
+from ulae_rt.export.plan import Item, Plan, plan
 from ulae_rt.export.report import REPORT, report_of
 from ulae_rt.export.serving import check_repository
 from ulae_rt.export.verify import verify
@@ -39,6 +45,7 @@ from ulae_rt.manifest import (
 from ulae_rt.model import UlaeNet, load_model
 from ulae_rt.model.checkpoint import DEFAULT_WEIGHTS
 
+# Whose versions are kept in a manifest.
 _LIBRARIES = ("ulae-rt", "torch", "onnx", "onnxscript", "onnxruntime")
 
 Progress = Callable[[str], None]
@@ -71,46 +78,122 @@ class _Built(NamedTuple):
     versions: dict[str, str]
 
 
-def export(config: ExportConfig, progress: Progress) -> list[Exported]:
-    """Write every artefact that ``config`` asks for, each with its manifest, and a report.
+class LeftOut(NamedTuple):
+    """An artefact of the default set that was not made, and why."""
 
-    Each is written as soon as it is verified; an error leaves those before it.
+    name: str
+    reason: str
+    hint: str
 
-    Args:
-        config: what to export.
-        progress: called with the name of each stage as it begins.
+
+class Prepared(NamedTuple):
+    """Everything that is known and checked before the first artefact is built.
+
+    Attributes:
+        plan: what is to be made.
+        path: of the weights.
+        model: the network.
+        shape: (D, H, W) of the engines' grid.
+        weights_sha256: of the weights.
+    """
+
+    plan: Plan
+    path: Path
+    model: UlaeNet
+    shape: tuple[int, int, int]
+    weights_sha256: str
+
+
+def prepare(config: ExportConfig) -> Prepared:
+    """Read the weights, and make every check that needs no artefact; nothing is written.
 
     Raises:
         UsageError: if what is asked for does not exist, or the weights' size cannot be exported.
         BackendUnavailable: if this machine lacks what a named format needs.
         CheckpointError: if the weights cannot be used.
-        OutputError: if the folder cannot be written, or holds such an artefact already.
-        ExportError: if an artefact cannot be made; EquivalenceError if it computes something else.
+        OutputError: if a folder cannot be written, or holds such an artefact already, or those of
+            another network.
     """
-    wanted = plan(config).items
-    artefacts = [config.folder / item.name for item in wanted]
-    check_writable(
-        [path for each in artefacts for path in (each, manifest_path(each))], config.overwrite
-    )
+    decided = plan(config)
+    check_writable(_places(config, decided.items), config.overwrite)
+    if config.timing_cache is not None:
+        check_folder(config.timing_cache, "--timing-cache")
     if config.triton_repository is not None:
-        named = [(item.name, item.kind) for item in wanted]
+        named = [(item.name, item.kind) for item in decided.items]
         check_repository(config.triton_repository, named, config.overwrite)
-    progress("reading the weights")
     path = DEFAULT_WEIGHTS if config.weights is None else config.weights
     model = load_model(path)
     shape = config.shape or model.metadata.shape
     check_shape(shape)
     check_batches(shape, config.batches)
     weights_sha256 = sha256(path.read_bytes())
-    _check_folder(config.folder, weights_sha256, shape)
+    prepared = Prepared(decided, path, model, shape, weights_sha256)
+    replaced = {item.name for item in decided.items} if config.overwrite else set()
+    _check_network(config.folder, _network_of(prepared), replaced)
+    return prepared
+
+
+def export(config: ExportConfig, progress: Progress) -> tuple[list[Exported], list[LeftOut]]:
+    """Write every artefact that ``config`` asks for, each with its manifest, and a report.
+
+    Each is written as soon as it is verified; an error leaves those before it. An artefact whose
+    precision was not asked for by name and that does not hold its tolerance is left out, as long
+    as its format, where that was named, is met by another.
+
+    Args:
+        config: what to export.
+        progress: called with the name of each stage as it begins.
+
+    Returns:
+        What was made, and what was left out of the defaults.
+
+    Raises:
+        UsageError, BackendUnavailable, CheckpointError, OutputError: see `prepare`.
+        ExportError: if an artefact cannot be made; EquivalenceError if it computes something else.
+    """
+    progress("reading the weights")
+    prepared = prepare(config)
+    wanted = prepared.plan.items
     progress("checking the rewritten graph in float64")
-    check_rewriting(model)
-    network = _Network(model, shape, wanted, weights_sha256, progress)
-    exported = []
-    for item, artefact in zip(wanted, artefacts, strict=True):
-        exported.append(_export(network, item, artefact, config))
-        publish({config.folder / REPORT: report_of(config.folder).encode()})
-    return exported
+    check_rewriting(prepared.model)
+    network = _Network(prepared.model, prepared.shape, wanted, prepared.weights_sha256, progress)
+    left_out = [
+        LeftOut(item.name, missing.message, missing.hint)
+        for item, missing in prepared.plan.left_out
+    ]
+    exported: list[Exported] = []
+    failures: dict[Item, ExportError] = {}
+    for item in wanted:
+        try:
+            exported.append(_export(network, item, prepared, config, left_out))
+        except ExportError as error:
+            named = type(error)(f"{item.name}: {error}", error.hint)
+            if item.precision in (config.precisions or ()):
+                raise named from error
+            failures[item] = named
+            left_out.append(LeftOut(item.name, str(named), named.hint))
+    made = {each.manifest.kind for each in exported}
+    for item, failure in failures.items():
+        if not exported or (item.kind in (config.formats or ()) and item.kind not in made):
+            raise failure
+    if failures:
+        write_report(config.folder, left_out)
+    return exported, left_out
+
+
+def write_report(folder: Path, left_out: list[LeftOut]) -> None:
+    """Write REPORT.md anew, of what is in the folder now."""
+    publish(folder, {}, lambda: None, lambda: _report(folder, left_out))
+
+
+def _report(folder: Path, left_out: list[LeftOut]) -> dict[str, bytes]:
+    reasons = {each.name: each.reason for each in left_out}
+    return {REPORT: report_of(folder, reasons).encode()}
+
+
+def _places(config: ExportConfig, items: tuple[Item, ...]) -> list[Path]:
+    artefacts = [config.folder / item.name for item in items]
+    return [path for each in artefacts for path in (each, manifest_path(each))]
 
 
 def check_batches(shape: tuple[int, int, int], batches: tuple[int, ...]) -> None:
@@ -124,15 +207,35 @@ def check_batches(shape: tuple[int, int, int], batches: tuple[int, ...]) -> None
         )
 
 
-def _check_folder(folder: Path, weights_sha256: str, shape: tuple[int, int, int]) -> None:
-    """One folder, one network and size: whoever opens it must not have to ask which."""
+def _network_of(prepared: Prepared) -> dict[str, Any]:
+    """What two engines of one network have in common."""
+    metadata = _metadata(prepared.model, prepared.shape)
+    return {"weights_sha256": prepared.weights_sha256, **asdict(metadata)}
+
+
+def _check_network(folder: Path, network: dict[str, Any], replaced: set[str]) -> None:
+    """One folder, one network and grid: any engine of it may be the one that is opened.
+
+    Args:
+        folder: which need not be there.
+        network: of `_network_of`.
+        replaced: names of artefacts whose manifests need not be readable, since they go.
+    """
     for path in sorted(folder.glob("ulae-net-*.json")):
-        there = Manifest.read(path)
-        if there.weights_sha256 != weights_sha256 or there.metadata.shape != shape:
-            raise OutputError(
-                f"{folder}: holds engines of other weights or another size ({there.artefact})",
-                "give another --out, or remove them",
-            )
+        try:
+            there = Manifest.read(path)
+        except EngineMismatch as error:
+            if path.stem in {Path(name).stem for name in replaced}:
+                continue
+            raise OutputError(str(error), "give another --out, or remove that file") from error
+        values = {"weights_sha256": there.weights_sha256, **asdict(there.metadata)}
+        for name, value in network.items():
+            if values[name] != value:
+                raise OutputError(
+                    f"{folder}: holds engines of other weights or another size: {name} of "
+                    f"{there.artefact} is {values[name]!r}, and would be {value!r}",
+                    "give another --out, or remove them",
+                )
 
 
 class _Network:
@@ -173,14 +276,31 @@ class _Network:
         return canary_case(self.canary, self.shape, self._both_ways)
 
 
-def _export(network: _Network, item: Item, artefact: Path, config: ExportConfig) -> Exported:
+def _export(
+    network: _Network,
+    item: Item,
+    prepared: Prepared,
+    config: ExportConfig,
+    left_out: list[LeftOut],
+) -> Exported:
     start = time.perf_counter()
+    folder, artefact = config.folder, config.folder / item.name
     built = _build(network, item, config)
-    manifest = _manifest(network, item, built)
+    manifest = _manifest(network, item, built, config.tolerance(item.precision))
     errors, not_run = _verified(network, item, built, manifest, config)
     manifest = replace(manifest, status=VERIFIED if errors else NOT_RUN, errors=tuple(errors))
     network.progress(f"{item.name}: writing")
-    publish({artefact: built.content, manifest_path(artefact): manifest.to_json().encode()})
+    files = {
+        artefact.name: built.content,
+        manifest_path(artefact).name: manifest.to_json().encode(),
+    }
+
+    def check() -> None:
+        # Again, since another export may have written here in the meantime.
+        _check_network(folder, _network_of(prepared), {item.name} if config.overwrite else set())
+        check_writable([folder / name for name in files], config.overwrite)
+
+    publish(folder, files, check, lambda: _report(folder, left_out))
     return Exported(
         artefact, manifest, len(built.content) / 1e6, time.perf_counter() - start, not_run
     )
@@ -257,7 +377,7 @@ def _verify(
         backend.close()
 
 
-def _manifest(network: _Network, item: Item, built: _Built) -> Manifest:
+def _manifest(network: _Network, item: Item, built: _Built, tolerance: Tolerance) -> Manifest:
     return Manifest(
         artefact=item.name,
         kind=item.kind,
@@ -278,6 +398,7 @@ def _manifest(network: _Network, item: Item, built: _Built) -> Manifest:
         weights_sha256=network.weights_sha256,
         artefact_sha256=sha256(built.content),
         status=NOT_RUN,
+        tolerance=tolerance,
         errors=(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -285,8 +406,13 @@ def _manifest(network: _Network, item: Item, built: _Built) -> Manifest:
 
 def _work(network: _Network, item: Item) -> Work:
     # ONNX has no bf16 twin; fp16 moves the same bytes.
-    half = item.precision != "fp32"
-    return work_of(network.proto("fp16" if half else "fp32", 1))
+    if item.precision == "fp32":
+        return work_of(network.proto("fp32", 1))
+    try:
+        return work_of(network.proto("fp16", 1))
+    except ExportError:  # bf16 holds weights that fp16 does not: the same nodes, half the bytes
+        work = work_of(network.proto("fp32", 1))
+        return replace(work, gigabytes=work.gigabytes / 2)
 
 
 def _spec(name: str, batch: int, shape: tuple[int, int, int]) -> TensorSpec:

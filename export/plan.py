@@ -92,15 +92,36 @@ def plan(config: ExportConfig) -> Plan:
     chosen = list(dict.fromkeys(_named(config) if config.formats else _default(config)))
     if not chosen:
         raise UsageError(
-            f"precision {', '.join(config.precisions or ())} is in none of the default formats",
-            "name a format: --format pt2",
+            f"no default format has precision {', '.join(config.precisions or ())} with batch "
+            "dynamic",
+            "leave out --batch dynamic, or take --precision fp32 or fp16",
         )
+    _check_effect(config, chosen)
     lacking = [(item, item.missing) for item in chosen]
     left_out = tuple((item, missing) for item, missing in lacking if missing is not None)
     if config.formats and left_out:
         item, missing = left_out[0]
         raise BackendUnavailable(f"{item.name}: {missing.message}", missing.hint)
     return Plan(tuple(item for item, missing in lacking if missing is None), left_out)
+
+
+def _check_effect(config: ExportConfig, chosen: list[Item]) -> None:
+    """Refuse options that nothing of what is made heeds."""
+    kinds = {item.kind for item in chosen}
+    if config.compatibility != "none" and not kinds & _SHORT.keys():
+        raise UsageError(
+            f"--hardware-compatibility {config.compatibility} has no effect: it is of TensorRT "
+            "engines, and none is made",
+            "leave it out, or add --format tensorrt-rtx --target sm80"
+            if config.compatibility == "ampere-plus"
+            else "leave it out, or add --format tensorrt on a machine with such a GPU",
+        )
+    if config.timing_cache is not None and "tensorrt" not in kinds:
+        raise UsageError(
+            "--timing-cache has no effect: only TensorRT times kernels as it builds, and no engine "
+            "of it is made",
+            "leave it out, or add --format tensorrt on a machine with the GPU",
+        )
 
 
 def _named(config: ExportConfig) -> list[Item]:

@@ -1,8 +1,8 @@
 """What a built engine computes in, read from the engine itself, against what its graph computes in.
 
-A strongly typed library should keep the graph's types, and a library that silently built float32
-for half precision has been sold before. So an engine is asked, and one that cannot be read is
-refused.
+A strongly typed library should keep the graph's types, and libraries have built float32 for half
+precision without a word. So the types are read from each engine, and an engine whose types cannot
+be read is refused.
 """
 
 import json
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from ulae_rt.errors import ExportError, UsageError
 from ulae_rt.export.census import values_of
 
-NOT_PROVED = (
-    "nothing was written: an engine whose types cannot be shown is not sold; install the versions "
-    "of constraints.txt, and report it if they are installed"
+TYPES_UNKNOWN_HINT = (
+    "this engine is not written, because the types it computes in cannot be read from it; install "
+    "the versions of constraints.txt, and report it if they are installed"
 )
 
 
@@ -78,7 +78,7 @@ def convolutions_of(proto: Any) -> dict[str, Expected]:
     return found
 
 
-def check_sold_as(convolutions: dict[str, Expected], precision: str) -> None:
+def check_precision(convolutions: dict[str, Expected], precision: str) -> None:
     """The graph is of the precision: all its convolutions, but for heads that stay in float32.
 
     Raises:
@@ -96,7 +96,7 @@ def check_sold_as(convolutions: dict[str, Expected], precision: str) -> None:
     if others or not counts[wanted]:
         raise ExportError(
             f"the graph has {counts[wanted]} of {len(convolutions)} convolutions in {wanted}, "
-            f"expected all but displacement heads: it cannot be sold as {precision}"
+            f"expected all but displacement heads: it is no graph of {precision}"
             + (f" ({others[0]} is {convolutions[others[0]].type})" if others else ""),
             f"export the weights as {precision}",
         )
@@ -120,8 +120,8 @@ def prove(census: Census, expected: dict[str, Expected]) -> None:
     if absent:
         raise ExportError(
             f"{len(absent)} of the graph's {len(expected)} convolutions are not found in the "
-            f"engine, {absent[0]} among them: its types cannot be proved",
-            NOT_PROVED,
+            f"engine, {absent[0]} among them: its types are not known",
+            TYPES_UNKNOWN_HINT,
         )
     wrong = [name for name, found in types.items() if found != {expected[name].type}]
     if wrong:
@@ -130,7 +130,7 @@ def prove(census: Census, expected: dict[str, Expected]) -> None:
         raise ExportError(
             f"the engine has convolutions in {found}, expected {wanted} as in the graph; "
             f"{wrong[0]} is one that differs",
-            NOT_PROVED,
+            TYPES_UNKNOWN_HINT,
         )
 
 
@@ -168,7 +168,7 @@ def census_of_plan(content: bytes, target: str, compatibility: str) -> Census:
     """Read a TensorRT-RTX engine's program, which its file holds as text.
 
     The library itself opens an engine only on a machine with a GPU. The format is not documented:
-    whatever is not found here is an error, and an engine that cannot be read is not sold.
+    whatever is not found here is an error, and such an engine is refused.
 
     Args:
         content: the engine.
@@ -192,7 +192,7 @@ def census_of_plan(content: bytes, target: str, compatibility: str) -> Census:
             if found is None or found[1] != value:
                 raise ExportError(
                     f"the engine has {name}={found[1] if found else 'nothing'}, expected {value}",
-                    NOT_PROVED,
+                    TYPES_UNKNOWN_HINT,
                 )
         stored = {
             name: _tensor(type_, sizes.split())
@@ -214,7 +214,7 @@ def census_of_plan(content: bytes, target: str, compatibility: str) -> Census:
                 if len(inputs) < 2 or not stored.keys() >= set(inputs[:2]):
                     raise ExportError(
                         f"a convolution of the engine cannot be read: {line.strip()[:80]}",
-                        NOT_PROVED,
+                        TYPES_UNKNOWN_HINT,
                     )
                 nodes = frozenset(re.findall(r"\[ONNX Layer: ([^\]]+)\]", line))
                 convolutions.append(Convolution(nodes, *(stored[n].type for n in inputs[:2])))
@@ -223,7 +223,9 @@ def census_of_plan(content: bytes, target: str, compatibility: str) -> Census:
 
 def _tensor(type_: str, sizes: Iterable[str | int]) -> _Tensor:
     if type_.lower() not in _TYPES:
-        raise ExportError(f"the engine has a tensor of the unknown type {type_}", NOT_PROVED)
+        raise ExportError(
+            f"the engine has a tensor of the unknown type {type_}", TYPES_UNKNOWN_HINT
+        )
     name, width = _TYPES[type_.lower()]
     return _Tensor(name, math.prod(map(int, sizes)) * width)
 
@@ -249,7 +251,7 @@ def _programs(content: bytes) -> Iterator[tuple[str, str, str]]:
                 content[main + len(b"main {\n") : end].decode("latin-1"),
             )
     if not found:
-        raise ExportError("the engine's program is not found in its file", NOT_PROVED)
+        raise ExportError("the engine's program is not found in its file", TYPES_UNKNOWN_HINT)
 
 
 # Of a layer that only generates, moves or converts values around a convolution, and may name it.
@@ -273,7 +275,9 @@ def census_of_inspection(text: str) -> Census:
         if not all(isinstance(layer, dict) for layer in layers):
             raise ValueError("names of layers only")
     except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"the engine's layers cannot be read: {error}", NOT_PROVED) from error
+        raise ExportError(
+            f"the engine's layers cannot be read: {error}", TYPES_UNKNOWN_HINT
+        ) from error
     tensors: dict[str, _Tensor] = {}
     convolutions: dict[bool, list[Convolution]] = {False: [], True: []}
     nbytes = 0

@@ -4,14 +4,25 @@ One folder for each model: ``<name>/config.pbtxt``, which is the server's ``Mode
 text, and ``<name>/1/model.onnx`` or ``model.plan``.
 """
 
+import contextlib
 import logging
-import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ulae_rt.errors import EngineMismatch, OutputError, UsageError
-from ulae_rt.manifest import ANY_BATCH, VERIFIED, Manifest, TensorSpec, sha256
+from ulae_rt.export.files import check_folder
+from ulae_rt.files import locked_folders
+from ulae_rt.manifest import (
+    ANY_BATCH,
+    EXPORT_AGAIN_HINT,
+    VERIFIED,
+    Manifest,
+    TensorSpec,
+    sha256,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -58,20 +69,57 @@ def write_repository(
             _log.warning("%s is not in the model repository: %s", manifest.artefact, reason)
         else:
             served.append((path, manifest))
-    models = _places(folder, [path.name for path, _ in served], overwrite)
-    beside = folder / f".{os.getpid()}.part"
+    names = [path.name for path, _ in served]
+    _places(folder, names, overwrite)
+    made = not folder.exists()
     try:
-        for path, manifest in served:
-            _write_model(beside / path.stem, path, manifest)
-        _exchange(beside, models)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as place:
+            beside = Path(place)
+            for path, manifest in served:
+                _write_model(beside / path.stem, path, manifest)
+            with locked_folders([folder]):
+                # Again, since another export may have written here in the meantime.
+                models = _places(folder, names, overwrite)
+                _check_network(folder, models, beside / models[0].name)
+                _exchange(beside, models)
     except OSError as error:
+        if isinstance(error, OutputError):
+            raise
         raise OutputError(
             f"{error.filename or folder}: cannot be written ({error.strerror})",
             "free some space or give another --triton-repository",
         ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only where it is empty
     return models
+
+
+def _check_network(folder: Path, models: Sequence[Path], new: Path) -> None:
+    """One repository, one network and grid: clients choose a model by its precision alone."""
+    network = _network_of(new)
+    for model in sorted(folder.glob("ulae-net-*")):
+        if model not in models and _network_of(model) != network:
+            raise OutputError(
+                f"{model}: is of another network or grid: {_network_of(model)}, and this one is "
+                f"of {network}",
+                "give another --triton-repository, or remove it",
+            )
+
+
+def _network_of(model: Path) -> str:
+    """The weights and the grid of a model in a repository, as its configuration has them."""
+    try:
+        text = (model / "config.pbtxt").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        text = ""
+    weights = re.search(r'"ulae_rt.weights_sha256" value \{ string_value: "(\w+)"', text)
+    dims = re.search(r"^input .*dims: \[.*?(\d+, \d+, \d+)\]", text, re.MULTILINE)
+    if not weights or not dims:
+        return "unknown weights"
+    return f"weights {weights[1][:12]}, grid {dims[1].replace(', ', ' x ')}"
 
 
 def check_repository(folder: Path, artefacts: Sequence[tuple[str, str]], overwrite: bool) -> None:
@@ -86,6 +134,7 @@ def check_repository(folder: Path, artefacts: Sequence[tuple[str, str]], overwri
         UsageError: if the server can open none of them.
         OutputError: if a model is there already.
     """
+    check_folder(folder, "--triton-repository")
     _places(folder, [name for name, kind in artefacts if kind in _PLATFORMS], overwrite)
 
 
@@ -119,7 +168,7 @@ def _write_model(model: Path, path: Path, manifest: Manifest) -> None:
     if sha256(content) != manifest.artefact_sha256:
         raise EngineMismatch(
             f"{path}: is not the file its manifest is of",
-            "export the weights again: python -m ulae_rt.export --weights FILE",
+            EXPORT_AGAIN_HINT,
         )
     version = model / "1"
     version.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""ONNX to TensorRT and TensorRT-RTX engines, each proved to compute in the types it is sold with.
+"""ONNX to TensorRT and TensorRT-RTX engines that are shown to compute in the types of their graph.
 
 Both libraries have one interface. TensorRT times kernels on the GPU it builds for and needs it;
 TensorRT-RTX builds for a named architecture without any, and the machine that runs the engine
@@ -21,10 +21,10 @@ from ulae_rt.engines.machine import gpus
 from ulae_rt.errors import BackendUnavailable, ExportError, UsageError
 from ulae_rt.export.config import COMPATIBILITIES, Missing
 from ulae_rt.export.proof import (
-    NOT_PROVED,
+    TYPES_UNKNOWN_HINT,
     census_of_inspection,
     census_of_plan,
-    check_sold_as,
+    check_precision,
     convolutions_of,
     prove,
 )
@@ -221,7 +221,7 @@ def build(
     onnx = require("onnx", "export")
     proto = onnx.ModelProto.FromString(proto_bytes)
     expected = convolutions_of(proto)
-    check_sold_as(expected, precision)
+    check_precision(expected, precision)
 
     logger = library_logger(trt)
     logger.errors.clear()
@@ -310,7 +310,9 @@ def check_network(trt: ModuleType, network: Any, proto: Any) -> None:
                 "export an ONNX graph of one batch size for each engine",
             )
         if found != expected:
-            raise ExportError(f"the {what} were read as {found}, expected {expected}", NOT_PROVED)
+            raise ExportError(
+                f"the {what} were read as {found}, expected {expected}", TYPES_UNKNOWN_HINT
+            )
     samplers = []
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -321,7 +323,7 @@ def check_network(trt: ModuleType, network: Any, proto: Any) -> None:
     if len(samplers) != expected_count:
         raise ExportError(
             f"the library read {len(samplers)} GridSample layers, expected {expected_count}",
-            NOT_PROVED,
+            TYPES_UNKNOWN_HINT,
         )
     linear = (trt.InterpolationMode.LINEAR, trt.SampleMode.FILL, False)
     for layer in samplers:
@@ -331,7 +333,8 @@ def check_network(trt: ModuleType, network: Any, proto: Any) -> None:
             raise ExportError(
                 f"the library reads {layer.name} as ({told}), expected (LINEAR, FILL, False): "
                 "linear, zeros outside, corners not aligned",
-                "nothing was written; this version of the library would sample wrongly",
+                "this engine is not written; another version of the library is needed, see "
+                "constraints.txt",
             )
 
 
@@ -452,8 +455,8 @@ def _failure(library: _Library, what: str, problems: list[str]) -> ExportError:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return ExportError(
         f"{library.name} {what}: {told}{more}",
-        "nothing was written; install the versions of constraints.txt, and report it if they are "
-        "installed",
+        "this engine is not written; install the versions of constraints.txt, and report it if "
+        "they are installed",
     )
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import ulae_rt
 from ulae_rt import env
 from ulae_rt.engines import Candidate, machine, survey
+from ulae_rt.engines.folder import loosened
 from ulae_rt.errors import UlaeError
 
 if TYPE_CHECKING:
@@ -321,16 +322,20 @@ def _engines(folder: Path) -> list[Check]:
         try:
             candidates = survey(folder)
         except UlaeError as error:
-            return [Check(str(folder), False, _line(str(error)), error.hint)]
+            return [Check(str(folder), False, " ".join(str(error).split()), error.hint)]
     return [_engine(candidate) for candidate in candidates]
 
 
 def _engine(candidate: Candidate) -> Check:
     name = candidate.artefact.name + (f" on {candidate.device}" if candidate.device else "")
     if candidate.refusal is not None:
-        return Check(name, False, _line(str(candidate.refusal)), candidate.refusal.hint)
+        reason = " ".join(str(candidate.refusal).split())
+        return Check(name, False, reason, candidate.refusal.hint)
     seconds = candidate.seconds
     taken = "not timed here" if seconds is None else f"{seconds:.3g} s a pair here"
+    loose = "" if candidate.manifest is None else loosened(candidate.manifest)
+    if loose:
+        taken += f"; verified with a looser tolerance: {loose}"
     return Check(name, True, f"{'chosen: ' if candidate.chosen else ''}{taken}")
 
 

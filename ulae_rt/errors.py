@@ -28,6 +28,10 @@ class DtypeError(UlaeError, TypeError):
     """A tensor whose type does not fit."""
 
 
+class IntensityError(UlaeError, ValueError):
+    """Images whose intensities are not those that a network is made for."""
+
+
 class ImageError(UlaeError, ValueError):
     """A file that is not a usable brain volume."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ulae_rt.arguments import check_choice, device_name, parse_device, path_of, what_is_at
 from ulae_rt.engines import BACKENDS as ENGINE_BACKENDS
 from ulae_rt.engines import Engine, EngineOutput, load_engine
 from ulae_rt.engines.backends.base import failure
@@ -19,6 +20,8 @@ from ulae_rt.manifest import ANY_BATCH, sha256
 from ulae_rt.optional import require
 
 if TYPE_CHECKING:
+    import torch
+
     from ulae_rt.model import UlaeNet
 
 BACKENDS = ("auto", "torch", *ENGINE_BACKENDS[1:])
@@ -119,7 +122,7 @@ def _open_weights(path: Path | None, device: str, precision: str) -> Engine:
 def load_network(
     path: PathLike | None = None,
     *,
-    device: str = "auto",
+    device: "str | torch.device" = "auto",
     backend: str = "auto",
     precision: str = "fp32",
 ) -> Engine:
@@ -128,7 +131,7 @@ def load_network(
     Args:
         path: a weights file, an engine's folder or file, or None for the weights that the package
             ships.
-        device: ``auto``, ``cpu`` or ``cuda[:N]``.
+        device: ``auto``, ``cpu`` or ``cuda[:N]``, or a ``torch.device``.
         backend: what runs it; ``auto`` decides by the file, and in a folder for the fastest.
         precision: of the network's features; of an engine's folder, which one. ``auto`` is fp32
             for weights and whichever is the fastest for a folder.
@@ -137,16 +140,19 @@ def load_network(
         UsageError: an unknown backend or precision, or a backend that does not fit the file.
         CheckpointError, BackendUnavailable, EngineMismatch: as the file's own loader says.
     """
-    for name, value, choices in (
-        ("backend", backend, BACKENDS),
-        ("precision", precision, PRECISIONS),
+    check_choice("backend", backend, BACKENDS)
+    check_choice("precision", precision, PRECISIONS)
+    device = device_name(device)
+    parse_device(device)
+    path = None if path is None else path_of(path)
+    if path is not None and (
+        what_is_at(path) == "folder" or path.suffix.lower() in ENGINE_SUFFIXES
     ):
-        if value not in choices:
-            raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}", "see -h")
-    path = None if path is None else Path(path)
-    if path is not None and (path.is_dir() or path.suffix in ENGINE_SUFFIXES):
         if backend == "torch":
-            raise UsageError(f"{path} is an engine, which torch does not run", "give --weights")
+            raise UsageError(
+                f"{path} is an engine, which torch does not run",
+                "leave out --backend torch, or give --weights FILE in place of the engine",
+            )
         return load_engine(path, device=device, backend=backend, precision=precision)
     if backend not in ("auto", "torch"):
         raise UsageError(

@@ -1,11 +1,12 @@
 """What can execute an artefact: one class a library, all with the same few methods."""
 
+from ulae_rt.arguments import check_choice, parse_device
 from ulae_rt.engines.backends.base import Array, Backend
 from ulae_rt.engines.backends.onnxruntime import OnnxRuntimeBackend
 from ulae_rt.engines.backends.pt2 import Pt2Backend
 from ulae_rt.engines.backends.tensorrt import TensorRtBackend
-from ulae_rt.engines.machine import check, devices_for, parse_device
-from ulae_rt.errors import EngineMismatch, UsageError
+from ulae_rt.engines.machine import check, devices_for
+from ulae_rt.errors import EngineMismatch
 from ulae_rt.manifest import Manifest
 
 __all__ = ["BACKENDS", "Array", "Backend", "OnnxRuntimeBackend", "backend_of", "open_backend"]
@@ -36,8 +37,7 @@ def open_backend(
         EngineMismatch: if the backend asked for opens other files, another version of the library
             made this one, or it cannot be loaded.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    check_choice("backend", backend, BACKENDS)
     if parse_device(device)[0] == "auto":
         device = devices_for(manifest)[0]
     needed = backend_of(manifest)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ulae_rt.arguments import parse_device
 from ulae_rt.engines.backends.base import Array, failure
-from ulae_rt.engines.machine import CUDA_PROVIDER, onnxruntime, parse_device
+from ulae_rt.engines.machine import CUDA_PROVIDER, onnxruntime
 from ulae_rt.errors import BackendUnavailable, EngineMismatch
 from ulae_rt.manifest import ANY_BATCH
 

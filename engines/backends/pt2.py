@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ulae_rt.allocator import keep_freed_memory
+from ulae_rt.arguments import parse_device
 from ulae_rt.engines.backends.base import Array, failure
-from ulae_rt.engines.machine import parse_device
 from ulae_rt.errors import BackendUnavailable
 from ulae_rt.manifest import ANY_BATCH, Manifest
 from ulae_rt.optional import require

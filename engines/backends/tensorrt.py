@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from ulae_rt.arguments import parse_device
 from ulae_rt.engines.backends.base import Array, failure
 from ulae_rt.engines.backends.cuda import Buffer, Cuda
-from ulae_rt.engines.machine import TENSORRT_MODULES, parse_device
+from ulae_rt.engines.machine import TENSORRT_MODULES
 from ulae_rt.errors import EngineMismatch
 from ulae_rt.optional import require
 

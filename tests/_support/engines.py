@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from ulae_rt.engines.machine import Gpu
 from ulae_rt.manifest import (
     ANY_BATCH,
+    TOLERANCES,
     VERIFIED,
     EngineMetadata,
     Manifest,
@@ -52,6 +53,7 @@ def make_manifest(content: bytes, artefact: str, batch: int = 1, **changes: Any)
         weights_sha256="0" * 64,
         artefact_sha256=sha256(content),
         status=VERIFIED,
+        tolerance=TOLERANCES[changes.get("precision", "fp32")],
         errors=(measured(),),
         date="2026-01-01T00:00:00+00:00",
     )

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from _support import plain_ulae as plain
 from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import smooth_image
-from ulae_rt.errors import BackendUnavailable, CheckpointError, UsageError
+from ulae_rt.errors import BackendUnavailable, CheckpointError, OutputError, UsageError
 from ulae_rt.model import Metadata, UlaeNet, load_model, save_checkpoint
 from ulae_rt.model.checkpoint import DEFAULT_WEIGHTS, read_torch
 
@@ -203,11 +206,11 @@ def test_weights_that_are_no_numbers(tmp_path: Path, released: plain.State, valu
     [
         ([1, 2, 3], "expected a dictionary of tensors, got list"),
         (torch.zeros(3), "expected a dictionary of tensors, got Tensor"),
-        ({"weights": [1, 2]}, "expected a dictionary of tensors, got dict"),
-        ({"state_dict": {"epoch": 3}}, "expected a dictionary of tensors, got dict"),
+        ({"weights": [1, 2]}, r"entry 'weights' is list '\[1, 2\]', expected a name and a tensor"),
+        ({"state_dict": {"epoch": 3}}, "entry 'epoch' is int '3', expected a name and a tensor"),
         ({}, r"no layer of ULAE-net, expected keys acc1"),
         ({"grid": torch.zeros(3)}, r"no layer of ULAE-net, expected keys acc1"),
-        ({"ulae_rt": Metadata().to_json()}, "expected a dictionary of tensors, got dict"),
+        ({"ulae_rt": Metadata().to_json()}, r"\d+ missing key"),
         ({"ulae_rt": "{}", "model": {}}, "its metadata cannot be read"),
     ],
     ids=["list", "tensor", "no-tensors", "nested", "empty", "grid-only", "no-model", "no-metadata"],
@@ -215,6 +218,258 @@ def test_weights_that_are_no_numbers(tmp_path: Path, released: plain.State, valu
 def test_torch_files_of_something_else(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_model(saved(content, tmp_path / "x.pth"))
+
+
+# Numbers that are no weights
+
+
+def odd_tensors() -> dict[str, Callable[[Tensor], Tensor]]:
+    return {
+        "of type int32": lambda v: (v * 100).int(),
+        "of type bool": lambda v: v > 0,
+        "of type complex64": lambda v: v.to(torch.complex64),
+        "of type float8_e4m3fn": lambda v: v.to(torch.float8_e4m3fn),
+        r"sparse \(sparse_coo\)": lambda v: v.to_sparse(),
+        r"quantised \(torch.qint8\)": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+        "on the meta device": lambda v: v.to("meta"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz.*")
+@pytest.mark.parametrize("what", sorted(odd_tensors()))
+@pytest.mark.parametrize("own_file", [False, True], ids=["released", "own"])
+def test_tensors_that_are_no_weights_are_refused_by_name(
+    tmp_path: Path, released: plain.State, what: str, own_file: bool
+) -> None:
+    if own_file:
+        model = UlaeNet(channels=4)
+        state, key = dict(model.state_dict()), "heads.2.weight"
+        content: Any = {"model": state, "ulae_rt": model.metadata.to_json()}
+    else:
+        content, state, key = released, released, "acc2.mec3.ab6.weight"
+    state[key] = odd_tensors()[what](state[key])
+    path = saved(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"{key} is {what}.*, expected a dense") as e:
+        load_model(path)
+    assert "float()" in e.value.hint
+
+
+def test_hint_for_such_tensors_leads_to_weights(tmp_path: Path) -> None:
+    net = UlaeNet("release", channels=4)
+    state = {k: v.int() for k, v in net.state_dict().items()}
+    content = {"model": state, "ulae_rt": net.metadata.to_json()}
+    with pytest.raises(CheckpointError, match="of type int32"):
+        load_model(saved(content, tmp_path / "x.pt"))
+    content["model"] = net.float().state_dict()
+    assert load_model(saved(content, tmp_path / "x.pt")).channels == 4
+
+
+def test_values_that_float32_cannot_hold(tmp_path: Path, released: plain.State) -> None:
+    wide = {k: v.double() for k, v in released.items()}
+    path = saved(wide, tmp_path / "x.pth")
+    assert load_model(path).heads["1"].weight.dtype == torch.float32
+    wide["acc1.output.bias"][0] = 1e300
+    with pytest.raises(CheckpointError, match=r"heads\.1\.bias holds values beyond 3\.4e\+38"):
+        load_model(saved(wide, path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_widened(own: Path, dtype: torch.dtype) -> None:
+    def narrow(tensors: dict[str, Tensor]) -> None:
+        tensors.update({key: value.to(dtype) for key, value in tensors.items()})
+
+    assert {p.dtype for p in load_model(rewritten(own, narrow)).parameters()} == {torch.float32}
+
+
+# Wrapped and renamed files
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "net.", "model._orig_mod.", "module._orig_mod."]
+)
+def test_prefixes_of_wrappers_are_dropped(
+    own: Path, tmp_path: Path, released: plain.State, prefix: str
+) -> None:
+    expected = load_model(own).state_dict()
+
+    def wrap(tensors: dict[str, Tensor]) -> None:
+        content = {f"{prefix}{key}": value for key, value in tensors.items()}
+        tensors.clear()
+        tensors.update(content)
+
+    for key, value in load_model(rewritten(own, wrap)).state_dict().items():
+        assert_equal(key, value, expected[key])
+    wrap(released)
+    lightning = {"state_dict": released, "epoch": 3, "pytorch-lightning_version": "2.5"}
+    assert load_model(saved(lightning, tmp_path / "last.ckpt")).variant == "release"
+
+
+def test_prefix_that_not_all_share_is_named(tmp_path: Path, released: plain.State) -> None:
+    state = {f"model.{key}": value for key, value in released.items()}
+    state["loss.kernel"] = torch.zeros(3)
+    with pytest.raises(CheckpointError, match=r"of its \d+ keys have the prefix 'model\.'"):
+        load_model(saved(state, tmp_path / "x.ckpt"))
+
+
+def test_two_state_dicts_are_not_chosen_from(tmp_path: Path, released: plain.State) -> None:
+    content = {"state_dict": released, "model": {k: v + 1 for k, v in released.items()}}
+    with pytest.raises(CheckpointError, match="several state dicts, 'state_dict' and 'model'"):
+        load_model(saved(content, tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "x.bin", "x.PTH", "x.Pt", "x.pth.tar", "x.safetensors"])
+def test_torch_files_by_any_name(tmp_path: Path, released: plain.State, name: str) -> None:
+    assert load_model(saved(released, tmp_path / name)).variant == "release"
+
+
+@pytest.mark.parametrize("name", ["x.SAFETENSORS", "x.bin", "x.pt", "x.pth"])
+def test_safetensors_by_any_name(own: Path, name: str) -> None:
+    assert load_model(own.rename(own.with_name(name))).channels == 4
+
+
+def test_names_that_are_no_strings(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"entry 3 is Tensor .*, expected a name and a tensor"
+    ):
+        load_model(saved({3: torch.zeros(1)}, tmp_path / "x.pth"))
+
+
+# Hints, followed
+
+
+def test_hint_for_a_bare_state_dict_of_this_project(tmp_path: Path) -> None:
+    """It was to be saved so, by a hint that led to the next refusal."""
+    model = UlaeNet(channels=4)
+    for path in (
+        saved(model.state_dict(), tmp_path / "x.pth"),
+        saved(dict(UlaeNet("release", 4).state_dict()), tmp_path / "y.pt"),
+        tmp_path / "z.safetensors",
+    ):
+        if path.suffix == ".safetensors":
+            state = {key: value.contiguous() for key, value in model.state_dict().items()}
+            path.write_bytes(safetensors.torch.save(state))
+        with pytest.raises(
+            CheckpointError, match="a bare state dict of this project's ne"
+        ) as caught:
+            load_model(path)
+        assert "ulae_rt.model.save_checkpoint(path, model, metadata)" in caught.value.hint
+    save_checkpoint(tmp_path / "x.pth", model, Metadata(channels=4))
+    assert load_model(tmp_path / "x.pth").channels == 4
+
+
+def test_hint_for_a_pickled_network(tmp_path: Path, released: plain.State) -> None:
+    model = UlaeNet("release", 4)
+    path = saved(model, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="could run code") as caught:
+        load_model(path)
+    assert "torch.save(model.state_dict(), path)" in caught.value.hint
+    torch.save(released, path)  # the state dict of the released code's network
+    assert load_model(path).variant == "release"
+    save_checkpoint(path, model, model.metadata)  # this project's
+    assert load_model(path).channels == 4
+
+
+@pytest.mark.parametrize("device", [None, 3, b"cpu"])
+def test_device_that_is_none(own: Path, device: Any) -> None:
+    with pytest.raises(UsageError, match=r"device is .*, expected cpu, cuda or cuda:N") as caught:
+        load_model(own, device=device)
+    assert "device='cpu'" in caught.value.hint
+    assert load_model(own, device="cpu").channels == 4
+
+
+def test_device_of_torch(own: Path) -> None:
+    assert load_model(own, device=torch.device("cpu")).channels == 4
+
+
+@pytest.mark.parametrize("precision", [None, 3, ["fp32"]])
+def test_precision_that_is_none(own: Path, precision: Any) -> None:
+    with pytest.raises(UsageError, match=r"precision is .*, expected one of fp32, bf16, fp16"):
+        load_model(own, precision=precision)
+
+
+@pytest.mark.parametrize("path", [3, b"x.pth", "", "a\0b.pth"])
+def test_path_that_is_none(path: Any) -> None:
+    with pytest.raises(UsageError, match="expected a path"):
+        load_model(path)
+    with pytest.raises(UsageError, match="expected a path"):
+        save_checkpoint(path, UlaeNet(channels=4), Metadata(channels=4))
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="File name too long"):
+        load_model(tmp_path / ("x" * 5000))
+    (tmp_path / "x.pth").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="a link to a file that is not there"):
+        load_model(tmp_path / "x.pth")
+    (tmp_path / "net.ONNX").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"got '\.ONNX', which is an engine") as caught:
+        load_model(tmp_path / "net.ONNX")
+    assert "--engine" in caught.value.hint
+
+
+def test_warnings_of_torch_are_logged_with_the_file(
+    tmp_path: Path,
+    released: plain.State,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = saved(released, tmp_path / "x.pth")
+    load = torch.load
+
+    def warn(*arguments: Any, **options: Any) -> Any:
+        warnings.warn("this\nis old", FutureWarning, stacklevel=2)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", warn)
+    load_model(path)
+    assert caplog.messages == [f"{path}: this is old"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "metadata cannot be saved"),
+        (Metadata(channels=8), "metadata has channels 8, and the model 4"),
+        (Metadata(channels=4, spacing_mm=1.5), "expected a whole number of mm"),
+        (Metadata(channels=4, recipe={"loss": float("nan")}), "metadata cannot be saved"),
+    ],
+)
+def test_what_could_not_be_read_is_not_saved(tmp_path: Path, metadata: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        save_checkpoint(tmp_path / "x.safetensors", UlaeNet(channels=4), metadata)
+    assert not os.listdir(tmp_path)
+
+
+def test_save_into_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"x\.pt: cannot be written \(No such file"):
+        save_checkpoint(tmp_path / "no" / "x.pt", UlaeNet(channels=4), Metadata(channels=4))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+    | st.sampled_from([16, 2.0, 10**400, "paper", "max", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), remove=st.booleans(), value=ANYTHING)
+def test_changed_metadata_means_the_same_or_is_refused(
+    data: st.DataObject, remove: bool, value: Any
+) -> None:
+    values = json.loads(Metadata(versions={"torch": "2"}).to_json())
+    name = data.draw(st.sampled_from(sorted(values)))
+    values |= {name: value}
+    if remove:
+        del values[name]
+    metadata = None
+    try:
+        metadata = Metadata.from_json(json.dumps(values), "x.pth")
+    except CheckpointError:
+        return
+    read = json.loads(metadata.to_json())
+    assert {key: read[key] for key in values} == values
 
 
 # Own files that do not fit
@@ -242,12 +497,25 @@ def test_own_missing_extra_misshapen_nan(own: Path) -> None:
         ({"variant": "release"}, "missing key"),
         ({"channels": 8}, r"has shape .*, expected "),
         ({"channels": "many"}, "its metadata cannot be read"),
-        ({"channels": 0}, "expected a positive number"),
-        ({"shape": [1, 2]}, r"metadata says grid \(1, 2\)"),
-        ({"spacing_mm": -1}, "metadata says grid .* at -1"),
+        ({"channels": 0}, "channels is int '0', expected 1 to 1024"),
+        ({"channels": 10**9}, "channels is int '1000000000', expected 1 to 1024"),
+        ({"channels": True}, "channels is bool 'True', expected int"),
+        ({"channels": 4.0}, "channels is float '4.0', expected int"),
+        ({"accumulate": 1}, "accumulate is int '1', expected bool"),
+        ({"normalisation": "zscore"}, "normalisation is 'zscore', expected one of max, p99.9"),
+        ({"shape": [80, 90, 80]}, r"shape is \[80, 90, 80\], expected three positive multiples"),
+        ({"shape": [80, 96, 0]}, "expected three positive multiples of 16"),
+        ({"spacing_mm": 1.5}, "spacing_mm is float '1.5', expected a whole number of mm"),
+        ({"spacing_mm": 10**400}, "expected a whole number of mm"),
+        ({"licence": None}, "licence is NoneType 'None', expected str"),
+        ({"licence": "\ud800"}, "surrogates not allowed"),
+        ({"versions": {"torch": 2}}, "the version of 'torch' is int '2', expected str"),
+        ({"recipe": []}, "recipe is list"),
+        ({"shape": [1, 2]}, r"shape is \[1, 2\], expected three positive multiples of 16"),
+        ({"spacing_mm": -1}, "spacing_mm is int .-1., expected a whole number"),
         ({"spacing_mm": "wide"}, "its metadata cannot be read"),
         ({"shape": None}, "its metadata cannot be read"),
-        ({"colour": "red"}, "its metadata cannot be read .*colour"),
+        ({"colour": "red"}, "its metadata cannot be read: it has an unknown .colour."),
     ],
     ids=lambda x: str(x)[:24],
 )
@@ -378,7 +646,9 @@ def test_directory(tmp_path: Path) -> None:
 def test_wrong_suffix(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"weights end in \.safetensors, \.pt, \.pth, got"):
+    with pytest.raises(
+        CheckpointError, match=r"weights end in \.safetensors, \.pt, .*\.bin, \.tar, got"
+    ):
         load_model(path)
 
 

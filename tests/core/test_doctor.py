@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from ulae_rt import doctor
 from ulae_rt.cli import run_command
 from ulae_rt.engines import machine
 from ulae_rt.engines.machine import Gpu
+from ulae_rt.manifest import TOLERANCES
 
 SHADOWED = ("onnx", "onnxruntime", "safetensors", "tensorrt", "tensorrt_rtx", "torch", "triton")
 
@@ -199,7 +201,7 @@ def test_engines_of_a_folder_with_the_one_that_would_run(
     pretend_machine(monkeypatch)
     write_engine(tmp_path, precision="fp16", errors=(measured("this processor", 5.0),))
     write_engine(tmp_path, precision="fp32")
-    write_engine(tmp_path, "ulae-net-fp16-trt-sm90", kind="tensorrt", target="sm90")
+    write_engine(tmp_path, "ulae-net-fp32-trt-sm90", kind="tensorrt", target="sm90")
     (tmp_path / "ulae-net-fp16-trt-sm80.json").write_text("{}")
     assert run_command("doctor", ["--json", "--engine", str(tmp_path)]) == 0
     rows = json.loads(capsys.readouterr().out)["engines"]
@@ -277,3 +279,24 @@ def test_weights_are_described_by_their_own_header(tmp_path: Path) -> None:
 def test_metadata_is_where_the_checkpoint_module_puts_it() -> None:
     checkpoint = pytest.importorskip("ulae_rt.model.checkpoint")
     assert checkpoint.METADATA_KEY == doctor.METADATA_KEY
+
+
+def test_engines_of_two_networks_are_a_row_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_engine(tmp_path)
+    write_engine(tmp_path, precision="fp16", weights_sha256="1" * 64)
+    assert run_command("doctor", ["--json", "--engine", str(tmp_path)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["engines"]
+    assert not row["ok"]
+    assert "holds engines of two networks, ulae-net-fp16.onnx and" in row["detail"]
+    assert "name one file" in row["hint"]
+
+
+def test_engine_of_a_looser_tolerance_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend_machine(monkeypatch)
+    write_engine(tmp_path, tolerance=replace(TOLERANCES["fp32"], disp_mean=1.0))
+    assert run_command("doctor", ["--engine", str(tmp_path)]) == 0
+    assert "verified with a looser tolerance: disp_mean 1 (0.0002)" in capsys.readouterr().out

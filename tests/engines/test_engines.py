@@ -61,7 +61,9 @@ def test_precision_chooses_among_several(folder):
     assert load_engine(folder).manifest.precision == "fp32"
     assert load_engine(folder, precision="fp16").manifest.precision == "fp16"
     assert load_engine(folder / "ulae-net-fp16.onnx").manifest.precision == "fp16"
-    with pytest.raises(EngineMismatch, match="no engine of precision bf16, only fp16, fp32"):
+    with pytest.raises(
+        EngineMismatch, match="no engine of precision bf16; it holds onnxruntime in fp16, fp32"
+    ):
         load_engine(folder, precision="bf16")
 
 
@@ -97,10 +99,24 @@ def test_file_that_is_no_model_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 3}, "manifest format 3, expected 2"),
+        ({"format_version": 2}, "manifest format 2, expected 3"),
         ({"kind": "plan"}, "kind is 'plan', expected one of onnx"),
         ({"artefact": "../other.onnx"}, "expected a file name without a folder"),
         ({"artefact": "missing.onnx"}, "is the manifest of missing.onnx, expected ulae"),
+        ({"artefact": "ulae-net-fp32.pt2"}, "'ulae-net-fp32.pt2', expected one of kind onnx, .on"),
+        ({"precision": "fp16"}, "precision is 'fp16', and artefact is 'ulae-net-fp32.onnx'"),
+        ({"target": "sm90"}, "target is 'sm90', expected any of kind onnx"),
+        ({"compatibility": "ampere-plus"}, "compatibility is 'ampere-plus', expected none of ki"),
+        ({"compatibility": "all"}, "compatibility is 'all', expected one of none"),
+        ({"errors": []}, "status is 'verified', and it has 0 errors"),
+        ({"status": "built, not run"}, "status is 'built, not run', and it has 1 errors"),
+        ({"weights_sha256": "0" * 63 + "g"}, "weights_sha256 is '000.*g', expected 64 digits"),
+        ({"artefact_sha256": "A" * 64}, "artefact_sha256 is 'AAA"),
+        ({"date": "yesterday"}, "date is 'yesterday', expected such as"),
+        ({"date": "2026-01-01"}, "date is '2026-01-01', expected such as"),
+        ({"types": {"Conv float32": -1}}, "Conv float32 is -1, expected 0 or more"),
+        ({"tolerance": None}, "tolerance is NoneType"),
+        ({"versions": {"a": "\ud800"}}, "surrogates not allowed"),
         ({"precision": "int4"}, "precision is 'int4', expected one of fp32"),
         ({"metadata": {"variant": "paper"}}, "metadata has no 'licence'"),
         ({"metadata": []}, "metadata is list .* expected an object"),
@@ -116,6 +132,97 @@ def test_manifest_that_does_not_fit_is_refused(folder, changes, message):
     with pytest.raises(EngineMismatch, match=message) as caught:
         load_engine(folder)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("metadata", {"shape": [4, 6, 0]}, r"shape is \[4, 6, 0\], expected three sizes from 1"),
+        ("metadata", {"shape": [4, 6]}, "shape is list .*, expected 3 values"),
+        ("metadata", {"spacing_mm": 0}, "spacing_mm is 0, expected a whole number of mm"),
+        ("metadata", {"spacing_mm": 1.5}, "spacing_mm is 1.5, expected a whole number of mm"),
+        ("metadata", {"spacing_mm": 10**400}, "spacing_mm is int .* expected a smaller number"),
+        ("metadata", {"variant": "huge"}, "variant is 'huge', expected one of paper, release"),
+        ("metadata", {"normalisation": "z"}, "normalisation is 'z', expected one of max, p99.9"),
+        ("work", {"gflop": -1}, "gflop is -1.0, expected 0 or more"),
+        ("tolerance", {"disp_max": 1e-5}, "disp_max is 0.0001 on 'noise', and its tolerance 1e-05"),
+        ("tolerance", {"disp_max": -1}, "tolerance disp_max is -1, expected 0 or more"),
+        ("errors", {"disp_max": 0.5}, "disp_max is 0.5 on 'noise', and its tolerance 0.001"),
+        ("errors", {"disp_p99": 5e-4}, "disp_p99 is 0.0005, and disp_max is 0.0001"),
+        ("errors", {"disp_mean": -1e-9}, "disp_mean is -1e-09, expected 0 or more"),
+        ("errors", {"seconds": -1}, "seconds is -1, expected 0 or more"),
+        ("errors", {"seconds": 0}, "seconds is 0, expected more"),
+        ("errors", {"sign_flips": 5}, "sign_flips is 4.17e.04 on 'noise', and its tolerance 100"),
+        ("errors", {"sign_flips": 121}, "sign_flips is 121, of 120 voxels"),
+    ],
+)
+def test_manifest_that_contradicts_itself_is_refused(folder, field, change, message):
+    path = folder / "ulae-net-fp32.json"
+    value = json.loads(path.read_text())[field]
+    edit(path, **{field: [value[0] | change] if field == "errors" else value | change})
+    with pytest.raises(EngineMismatch, match=message) as caught:
+        load_engine(folder)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"components": ["w", "h", "d"]},
+        {"shape": [1, 3, 6, 4, 5]},
+        {"shape": [2, 3, *SHAPE]},
+        {"shape": []},
+    ],
+)
+def test_manifest_of_other_displacements_is_refused(folder, change):
+    path = folder / "ulae-net-fp32.json"
+    outputs = json.loads(path.read_text())["outputs"]
+    edit(path, outputs=[outputs[0], outputs[1] | change])
+    with pytest.raises(EngineMismatch, match=r"its inputs and outputs are .* expected"):
+        load_engine(folder)
+
+
+@pytest.mark.parametrize("batch", [0, -2])
+def test_manifest_of_no_batch_is_refused(folder, batch):
+    path = folder / "ulae-net-fp32.json"
+    values = json.loads(path.read_text())
+    for field in ("inputs", "outputs"):
+        for spec in values[field]:
+            spec["shape"][0] = batch
+    edit(path, inputs=values["inputs"], outputs=values["outputs"])
+    with pytest.raises(EngineMismatch, match=f"the batch of 'moving' is {batch}, expected 1 or m"):
+        load_engine(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format_version": 3, "work": {"gflop": NaN}}', "not a manifest .NaN is no number"),
+        ('{"format_version": 3, "work": {"gflop": 1e999}}', "not a manifest .the number 1e999"),
+        ("[" * 100_000, "not a manifest .it is nested too deep"),
+        ('{"kind": "onnx", "kind": "pt2"}', "not a manifest .the key 'kind' is there twice"),
+        ("\ufeff{}", "not a manifest"),
+        ('"' + "x" * 2**20 + '"', "not a manifest .1048578 bytes, expected some thousands"),
+    ],
+)
+def test_json_that_is_doubtful_is_refused(folder, content, message):
+    (folder / "ulae-net-fp32.json").write_text(content, encoding="utf-8")
+    with pytest.raises(EngineMismatch, match=message) as caught:
+        load_engine(folder)
+    assert caught.value.hint
+
+
+def test_manifest_that_is_a_folder_or_a_dangling_link_is_refused(folder):
+    path = folder / "ulae-net-fp32.json"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(EngineMismatch, match=r"fp32\.json: not a manifest \(it is a folder\)"):
+        load_engine(folder)
+    path.rmdir()
+    path.symlink_to(folder / "gone.json")
+    with pytest.raises(EngineMismatch, match=r"not a manifest .a link to a file that is not there"):
+        load_engine(folder / "ulae-net-fp32.onnx")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +251,7 @@ def test_missing_files_are_named(folder, tmp_path):
     artefact = folder / "ulae-net-fp32.onnx"
     content = artefact.read_bytes()
     artefact.unlink()
-    with pytest.raises(EngineMismatch, match=r"fp32\.onnx: cannot be read \(No such file"):
+    with pytest.raises(EngineMismatch, match=r"fp32\.onnx: cannot be read \(not there\)"):
         load_engine(folder)
     artefact.write_bytes(content)
     (folder / "ulae-net-fp32.json").unlink()
@@ -163,7 +270,9 @@ def test_renamed_artefact_is_refused(folder):
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_backend_of_other_files_says_so(folder, backend):
-    with pytest.raises(EngineMismatch, match=f"no engine of backend {backend}, only onnxruntime"):
+    with pytest.raises(
+        EngineMismatch, match=f"no engine of backend {backend}; it holds onnxruntime in fp32"
+    ):
         load_engine(folder, backend=backend)
 
 

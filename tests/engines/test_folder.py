@@ -1,10 +1,15 @@
 """Which engine of a folder runs: made for this machine, verified, and the fastest of those."""
 
 import logging
+import re
+from dataclasses import replace
 
 import pytest
+import torch
 
+from _support import engines as support
 from _support.engines import (
+    SHAPE,
     edit,
     graph,
     images,
@@ -13,11 +18,12 @@ from _support.engines import (
     pretend_machine,
     write_engine,
 )
+from ulae_rt.cli import run_command
 from ulae_rt.engines import load_engine, survey
 from ulae_rt.engines.backends import open_backend
 from ulae_rt.engines.machine import Gpu, gpus, machine_name
 from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
-from ulae_rt.manifest import ANY_BATCH, NOT_RUN, Manifest
+from ulae_rt.manifest import ANY_BATCH, NOT_RUN, TOLERANCES, EngineMetadata, Manifest
 
 H200 = Gpu("NVIDIA H200", 90)
 ADA = Gpu("NVIDIA L40S", 89)
@@ -158,7 +164,7 @@ def test_engine_that_was_never_run_is_opened_only_by_name(folder, caplog, monkey
         ((H200,), {"versions": {"tensorrt": "11.3.0.1"}}, "was built with tensorrt 11.3.0.1, and"),
         ((H200,), {"versions": {"tensorrt": "11.4.0.105"}}, "was built with tensorrt 11.4.0.105"),
         ((H200,), {"versions": {}}, "was built with tensorrt unknown, and tensorrt 11.4.0.106"),
-        ((H200,), {"target": "h200"}, "was built for h200, and NVIDIA H200 is sm90"),
+        ((H200,), {"target": "h200"}, "target is .h200., expected a GPU such as sm89"),
     ],
 )
 def test_engine_of_another_machine_is_refused(
@@ -189,9 +195,6 @@ def test_engine_for_the_gpu_is_not_for_the_cpu(folder, libraries, monkeypatch):
     assert {device for _, device in order(folder, device="cpu")} == {"cpu"}
     with pytest.raises(BackendUnavailable, match=r"is for GPUs \(sm90\), and the device is the"):
         load_engine(folder / "ulae-net-fp16-tensorrt.engine", device="cpu")
-    edit(folder / "ulae-net-fp16-tensorrt.json", target="any")
-    with pytest.raises(BackendUnavailable, match=r"is for GPUs \(any\), and the device is the"):
-        load_engine(folder / "ulae-net-fp16-tensorrt.engine", device="cpu")
     with pytest.raises(BackendUnavailable, match="was built for cpu, and NVIDIA H200"):
         load_engine(folder / "ulae-net-fp32-cpu.pt2", device="cuda")
     with pytest.raises(BackendUnavailable, match="needs GPU 1, and this machine has only 1"):
@@ -220,6 +223,15 @@ def test_program_of_another_torch_is_refused(folder, libraries, monkeypatch):
     edit(folder / "ulae-net-fp32.json", versions={"torch": "2.14.0"})
     with pytest.raises(EngineMismatch, match=r"built with torch 2\.14\.0, and torch 2\.13\.0\+cpu"):
         load_engine(folder)
+    # The package index has no torch 2.14.0+cu130, nor an unknown one.
+    edit(folder / "ulae-net-fp32.json", versions={"torch": "2.14.0+cu130"})
+    with pytest.raises(EngineMismatch) as caught:
+        load_engine(folder)
+    assert "(pip install torch==2.14.0)" in caught.value.hint
+    edit(folder / "ulae-net-fp32.json", versions={})
+    with pytest.raises(EngineMismatch) as caught:
+        load_engine(folder)
+    assert "pip install" not in caught.value.hint
 
 
 def test_missing_torch_is_one_sentence(folder, monkeypatch):
@@ -274,15 +286,203 @@ def test_foreign_files_are_left_out_and_said(folder, caplog):
     (folder / "notes.json").write_text("{}")
     (folder / "other.onnx").write_bytes(b"")
     newer = write_engine(folder, precision="fp16") / "ulae-net-fp16.json"
-    edit(newer, format_version=3)
+    edit(newer, format_version=4)
     (folder / "ulae-net-gone.json").write_text((folder / "ulae-net-fp32.json").read_text())
     with caplog.at_level(logging.WARNING):
         assert load_engine(folder).manifest.precision == "fp32"
     left_out = [record.message for record in caplog.records]
     assert len(left_out) == 3
     assert "other.json: no such manifest" in left_out[0]
-    assert "manifest format 3, expected 2" in left_out[1]
+    assert "manifest format 4, expected 3" in left_out[1]
     assert "ulae-net-gone.json: is the manifest of ulae-net-fp32.onnx" in left_out[2]
+
+
+COARSE = EngineMetadata("paper", SHAPE, 2.0, "max", "none", "CC0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"weights_sha256": "1" * 64}, "weights_sha256 is '000000000000' in one and '1111"),
+        ({"metadata": COARSE}, r"spacing_mm is 1\.0 in one and 2\.0 in the other"),
+        ({"metadata": replace(COARSE, spacing_mm=1.0, normalisation="p99.9")}, "normalisation is"),
+        ({"metadata": replace(COARSE, spacing_mm=1.0, variant="release")}, "variant is 'paper'"),
+    ],
+)
+def test_folder_of_two_networks_is_refused_unless_one_file_is_named(folder, changes, difference):
+    """Otherwise the faster one decides what the images become."""
+    write_engine(folder, precision="fp32")
+    write_engine(folder, precision="fp16", **changes)
+    for options in ({}, {"precision": "fp16"}, {"backend": "onnxruntime"}):
+        for opened in (survey, load_engine):
+            with pytest.raises(EngineMismatch, match="holds engines of two networks") as caught:
+                opened(folder, **options)
+    # In one order, whatever the file system's: fp16 before fp32.
+    assert "ulae-net-fp16.onnx and ulae-net-fp32.onnx" in str(caught.value)
+    one, other = re.search("(.*) is (.*) in one and (.*) in the other", str(caught.value)).group(
+        2, 3
+    )
+    assert one != other
+    assert load_engine(folder / "ulae-net-fp16.onnx").manifest.precision == "fp16"
+    assert "name one file" in caught.value.hint
+    assert run_command("doctor", ["--json", "--engine", str(folder)]) == 0
+
+
+def test_folder_of_two_grids_is_refused(folder, monkeypatch):
+    write_engine(folder)
+    monkeypatch.setattr(support, "SHAPE", (8, 8, 8))
+    write_engine(
+        folder, precision="fp16", metadata=EngineMetadata("paper", (8, 8, 8), 1.0, "max", "", "")
+    )
+    with pytest.raises(EngineMismatch, match=r"shape is \(8, 8, 8\) in one and \(4, 6, 5\) in the"):
+        load_engine(folder)
+
+
+def test_hint_for_two_networks_is_followed(folder, tmp_path):
+    write_engine(folder, precision="fp32")
+    write_engine(folder, precision="fp16", weights_sha256="1" * 64)
+    with pytest.raises(EngineMismatch) as caught:
+        load_engine(folder)
+    assert caught.value.hint == (
+        "name one file to open it, or keep the engines of each network in a folder of their own"
+    )
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in folder.glob("ulae-net-fp16.*"):
+        file.rename(own / file.name)
+    assert load_engine(own).manifest.precision == "fp16"
+    assert load_engine(folder).manifest.precision == "fp32"
+
+
+def test_refusal_names_the_combination_and_what_is_there(folder, libraries, monkeypatch):
+    fill(folder)
+    pretend_machine(monkeypatch)
+    with pytest.raises(EngineMismatch) as caught:
+        load_engine(folder, backend="onnxruntime", precision="bf16")
+    assert str(caught.value) == (
+        f"{folder}: holds no engine of backend onnxruntime in bf16; it holds onnxruntime in fp16, "
+        "fp32; pt2 in bf16, fp16, fp32; tensorrt in fp16; tensorrt-rtx in fp16"
+    )
+    with pytest.raises(EngineMismatch, match="no engine of backend tensorrt in fp32; it holds onn"):
+        load_engine(folder, backend="tensorrt", precision="fp32")
+    # The hint, followed.
+    assert "--backend and --precision auto" in caught.value.hint
+    assert load_engine(folder, backend="onnxruntime", precision="fp32")
+    assert load_engine(folder, backend="onnxruntime")
+    with pytest.raises(EngineMismatch, match=r"is opened by onnxruntime, not by backend tensorrt"):
+        load_engine(folder / "ulae-net-fp32.onnx", backend="tensorrt")
+    assert load_engine(folder / "ulae-net-fp32.onnx", backend="auto")
+
+
+@pytest.mark.parametrize("device", [None, 3, b"cpu", ["cpu"]])
+def test_device_that_is_none_is_wrong_usage(folder, device):
+    write_engine(folder)
+    with pytest.raises(UsageError, match=r"device is .*, expected auto, cpu, cuda or cuda:N") as e:
+        load_engine(folder, device=device)
+    assert "device='cpu'" in e.value.hint
+    assert load_engine(folder, device="cpu").device == "cpu"
+
+
+def test_device_of_torch_is_taken(folder):
+    write_engine(folder)
+    assert load_engine(folder, device=torch.device("cpu")).device == "cpu"
+    with pytest.raises(BackendUnavailable, match="needs GPU 1"):
+        load_engine(folder, device=torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("name", ["backend", "precision"])
+@pytest.mark.parametrize("value", [None, 3, ["fp32"], b"fp32"])
+def test_choice_that_is_none_is_wrong_usage(folder, name, value):
+    write_engine(folder)
+    with pytest.raises(UsageError, match=f"{name} is .*, expected one of auto"):
+        load_engine(folder, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (None, "path is NoneType"),
+        (3, "path is int '3'"),
+        (b"a", "path is bytes"),
+        ("", "path is ''"),
+    ],
+)
+def test_path_that_is_none_is_wrong_usage(path, message):
+    with pytest.raises(UsageError, match=f"{message}.*, expected a path"):
+        load_engine(path)
+
+
+def test_paths_that_lead_nowhere_are_one_sentence(folder, tmp_path):
+    with pytest.raises(EngineMismatch, match="no such engine"):
+        load_engine(tmp_path / "nowhere")
+    with pytest.raises(EngineMismatch, match="File name too long"):
+        load_engine(tmp_path / ("x" * 5000))
+    weights = tmp_path / "best.PTH"
+    weights.write_bytes(b"")
+    with pytest.raises(
+        EngineMismatch, match=r"best\.PTH: is no engine, expected a folder or a fil"
+    ) as e:
+        load_engine(weights)
+    assert "--weights" in e.value.hint
+    (tmp_path / "x.onnx").mkdir()
+    with pytest.raises(EngineMismatch, match=r"x\.onnx: holds no engine"):
+        load_engine(tmp_path / "x.onnx")
+    link = tmp_path / "link.onnx"
+    link.symlink_to(tmp_path / "gone.onnx")
+    with pytest.raises(EngineMismatch, match=r"link\.onnx: a link to a file that is not there"):
+        load_engine(link)
+
+
+def test_artefact_that_is_a_folder_or_a_dangling_link_is_refused(folder):
+    write_engine(folder)
+    artefact = folder / "ulae-net-fp32.onnx"
+    content = artefact.read_bytes()
+    artefact.unlink()
+    artefact.mkdir()
+    with pytest.raises(EngineMismatch, match=r"fp32\.onnx: cannot be read .*it is a folder"):
+        load_engine(folder)
+    artefact.rmdir()
+    artefact.symlink_to(folder / "gone")
+    with pytest.raises(EngineMismatch, match=r"cannot be read .a link to a file that is not there"):
+        load_engine(folder)
+    (folder / "gone").write_bytes(content)
+    assert load_engine(folder).manifest.precision == "fp32"
+
+
+def test_folder_that_cannot_be_listed_is_one_sentence(folder, monkeypatch):
+    write_engine(folder)
+
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", forbidden)
+    with pytest.raises(EngineMismatch, match=r"cannot be listed .Permission denied"):
+        load_engine(folder)
+
+
+def test_suffix_in_capitals_is_told_what_it_is(folder):
+    write_engine(folder)
+    renamed = (folder / "ulae-net-fp32.onnx").rename(folder / "ulae-net-fp32.ONNX")
+    with pytest.raises(
+        EngineMismatch, match=r"is the manifest of ulae-net-fp32\.onnx, expected"
+    ) as e:
+        load_engine(renamed)
+    assert "keeps the name" in e.value.hint
+    renamed.rename(folder / "ulae-net-fp32.onnx")  # the hint
+    assert load_engine(folder)
+
+
+def test_looser_tolerance_is_said_when_the_engine_is_opened(folder, caplog):
+    write_engine(folder)
+    load_engine(folder)
+    assert not caplog.text
+    loose = replace(TOLERANCES["fp32"], disp_max=0.5, sign_flips=1e5)
+    write_engine(folder, tolerance=loose)
+    load_engine(folder)
+    assert (
+        "ulae-net-fp32.onnx was verified with a looser tolerance than the standard of fp32: "
+        "disp_max 0.5 (0.001), sign_flips 100000 (100)" in caplog.text
+    )
 
 
 def test_several_refusals_are_one_error(folder, libraries, monkeypatch):

@@ -77,7 +77,7 @@ def test_threads_take_turns_and_each_gets_its_own(engine):
     results = {}
 
     def work(number):
-        moving, fixed = images() + np.float32(number)
+        moving, fixed = images() / np.float32(number + 1)
         results[number] = engine.run(moving, fixed).moved - (moving + fixed)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
@@ -91,7 +91,7 @@ def test_threads_take_turns_and_each_gets_its_own(engine):
 
 def test_real_engine_is_shared_by_threads(tmp_path):
     with load_engine(write_engine(tmp_path)) as engine:
-        pairs = [images() + np.float32(number) for number in range(16)]
+        pairs = [images() / np.float32(number + 1) for number in range(16)]
         found = [None] * len(pairs)
 
         def work(numbers):
@@ -108,7 +108,7 @@ def test_real_engine_is_shared_by_threads(tmp_path):
 
 
 def test_submitted_pairs_run_in_their_order(engine, backend):
-    pairs = [images() + np.float32(number) for number in range(6)]
+    pairs = [images() / np.float32(number + 1) for number in range(6)]
     futures = [engine.submit(moving, fixed) for moving, fixed in pairs]
     for (moving, fixed), future in zip(pairs, futures, strict=True):
         np.testing.assert_array_equal(future.result(20).moved, moving + fixed)

@@ -19,7 +19,7 @@ from ulae_rt.export import exporter
 from ulae_rt.export.cases import canary_case, sample_case
 from ulae_rt.export.config import TOLERANCES
 from ulae_rt.export.onnx import onnx_from_model
-from ulae_rt.manifest import NOT_RUN, VERIFIED, Manifest, sha256
+from ulae_rt.manifest import NOT_RUN, TOLERANCE_NAMES, VERIFIED, Manifest, sha256
 from ulae_rt.model import load_model
 
 ONNX = ["--format", "onnx"]
@@ -156,12 +156,13 @@ def test_failed_verification_leaves_nothing(tmp_path, monkeypatch, protos, capsy
     out = tmp_path / "engine"
     command = ["--weights", str(weights), "--out", str(out), *FP32]
     assert run_command("export", command) == 1
-    error, _ = errors(capsys)
-    assert error.startswith("error: verification failed on sample pair: ")
+    error, hint = errors(capsys)
+    assert hint.startswith("hint: this artefact is not written; install")
+    assert error.startswith("error: ulae-net-fp32.onnx: verification failed on sample pair: ")
     assert "worst at disp[0, :, " in error
     assert not out.exists()
     # What was asked to be let through is.
-    generous = [f"--tolerance={name}=1e9" for name in TOLERANCES["fp32"]._fields]
+    generous = [f"--tolerance={name}=1e9" for name in TOLERANCE_NAMES]
     assert run_command("export", [*command, *generous]) == 0
     # And an engine that was there stays when the next one fails.
     before = (out / "ulae-net-fp32.onnx").read_bytes()
@@ -242,7 +243,8 @@ def test_default_folder_is_named_after_the_weights(tmp_path, monkeypatch):
 
 def test_dry_run_names_everything_and_does_nothing(tmp_path, capsys):
     out = tmp_path / "engine"
-    command = ["--weights", "w.safetensors", "--out", str(out), "--dry-run", "--batch", "1", "4"]
+    weights = small_weights(tmp_path / "w.safetensors")
+    command = ["--weights", str(weights), "--out", str(out), "--dry-run", "--batch", "1", "4"]
     assert run_command("export", [*command, *ONNX]) == 0
     told = capsys.readouterr().out
     assert f"would make {out / 'ulae-net-fp16-b4.onnx'}" in told
@@ -261,6 +263,23 @@ def test_dry_run_names_everything_and_does_nothing(tmp_path, capsys):
         (["--precision", "int8"], "choose from"),
         (["--batch", "many"], "batch is 'many'"),
         (["--batch", "0"], "batch is 0"),
+        (["--batch", "-1"], "batch is '-1', expected a number or 'dynamic'"),
+        (["--batch=-1"], "batch is '-1', expected a number or 'dynamic'"),
+        (["--tolerance", "disp_max=nan"], "tolerance disp_max is nan, expected 0 or more"),
+        (["--tolerance", "disp_max=inf"], "tolerance disp_max is inf, expected 0 or more"),
+        (
+            ["--tolerance", "disp_max=1", "--tolerance", "disp_max=2"],
+            "--tolerance disp_max is given twice, 1 and 2",
+        ),
+        (
+            [*ONNX, "--hardware-compatibility", "ampere-plus"],
+            "--hardware-compatibility ampere-plus has no effect",
+        ),
+        ([*ONNX, "--timing-cache", "cache"], "--timing-cache has no effect"),
+        (
+            ["--format", "tensorrt-rtx", "--target", "sm89", "--timing-cache", "cache"],
+            "--timing-cache has no effect",
+        ),
         (["--tolerance", "disp_max"], "expected NAME=VALUE"),
         (["--tolerance", "disp_maximum=1"], "tolerance is 'disp_maximum'"),
         (["--target", "sm89"], "--target needs --format"),

@@ -1,5 +1,7 @@
 """What one export makes, on which machine, and what it refuses before any work."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,68 @@ def test_a_named_format_that_cannot_be_made_is_an_error_and_not_left_out(monkeyp
     monkeypatch.setattr(Item, "missing", Missing("it is not installed", "pip install it"))
     with pytest.raises(BackendUnavailable, match=r"ulae-net-fp16-rtx-sm89\.engine: it is not"):
         plan(ExportConfig(formats=("tensorrt-rtx",), targets=("sm89",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "hint", "followed"),
+    [
+        (
+            {"targets": ("sm89",)},
+            "--format tensorrt-rtx --target sm89",
+            {"formats": ("tensorrt-rtx",), "targets": ("sm89",)},
+        ),
+        (
+            {"precisions": ("bf16",), "batches": (ANY_BATCH,)},
+            "leave out --batch dynamic, or take --precision fp32 or fp16",
+            {"precisions": ("fp32", "fp16"), "batches": (ANY_BATCH,)},
+        ),
+        (
+            {"precisions": ("bf16",), "batches": (ANY_BATCH,)},
+            "leave out --batch dynamic",
+            {"precisions": ("bf16",)},
+        ),
+        (
+            {"compatibility": "ampere-plus"},
+            "add --format tensorrt-rtx --target sm80",
+            {"compatibility": "ampere-plus", "formats": ("tensorrt-rtx",), "targets": ("sm80",)},
+        ),
+        ({"compatibility": "same-capability"}, "leave it out", {}),
+        ({"timing_cache": Path("cache")}, "leave it out", {}),
+        (
+            {"formats": ("tensorrt-rtx",)},
+            "--target sm80, sm86, sm89 or sm120",
+            {"formats": ("tensorrt-rtx",), "targets": ("sm80", "sm86", "sm89", "sm120")},
+        ),
+        ({"formats": ("onnx",), "precisions": ("bf16",)}, "--precision", {"formats": ("onnx",)}),
+        (
+            {"formats": ("pt2",), "batches": (ANY_BATCH,)},
+            "--batch 1 2 4 8",
+            {"formats": ("pt2",), "batches": (1, 2, 4, 8)},
+        ),
+    ],
+)
+def test_hints_lead_to_a_plan(options, hint, followed):
+    with pytest.raises(UsageError) as caught:
+        plan(ExportConfig(Path("w.safetensors"), **options))
+    assert hint in caught.value.hint
+    assert names(**followed)
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("option", ["compatibility", "timing_cache"])
+def test_hint_for_tensorrt_is_right_on_such_a_machine(option):
+    value = {"compatibility": "same-capability", "timing_cache": Path("cache")}[option]
+    assert names(formats=("tensorrt",), **{option: value})
+
+
+def test_what_hints_install_is_what_the_project_names():
+    root = Path(__file__).resolve().parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    sources = [*root.glob("engines/**/*.py"), *root.glob("export/*.py")]
+    sources += [root / "ulae_rt" / name for name in ("doctor.py", "network.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    extras = set(re.findall(r"ulae-rt\[(\w[\w-]*)\]", text))
+    assert {"torch", "gpu"} <= extras <= project["optional-dependencies"].keys()
+    required = set(re.findall(r"require\(\"[\w.]+\", \"([\w-]+)\"\)", text))
+    assert {"torch", "export"} <= required <= project["optional-dependencies"].keys()
+    assert any(each.startswith("onnxruntime>=") for each in project["dependencies"])

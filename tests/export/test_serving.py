@@ -9,7 +9,16 @@ from google.protobuf import descriptor_pool, message_factory, text_format
 
 from ulae_rt.errors import EngineMismatch, OutputError, UsageError
 from ulae_rt.export.serving import config_of, write_repository
-from ulae_rt.manifest import NOT_RUN, VERIFIED, EngineMetadata, Manifest, TensorSpec, Work, sha256
+from ulae_rt.manifest import (
+    NOT_RUN,
+    TOLERANCES,
+    VERIFIED,
+    EngineMetadata,
+    Manifest,
+    TensorSpec,
+    Work,
+    sha256,
+)
 
 GRID = (16, 32, 16)
 MODEL_FILES = {"onnxruntime_onnx": "model.onnx", "tensorrt_plan": "model.plan"}
@@ -74,6 +83,7 @@ def artefact(folder, kind="onnx", batch=1, name="ulae-net-fp16", **changes):
         weights_sha256="a" * 64,
         artefact_sha256=sha256(content),
         status=VERIFIED,
+        tolerance=TOLERANCES["fp16"],
         errors=(),
         date="2026-11-22T00:00:00+00:00",
     )

@@ -25,7 +25,7 @@ from ulae_rt.export.proof import (
     Convolution,
     census_of_inspection,
     census_of_plan,
-    check_sold_as,
+    check_precision,
     convolutions_of,
     prove,
 )
@@ -375,13 +375,13 @@ def test_convolutions_that_cannot_be_told_apart_are_refused(protos):
 def test_graph_of_another_precision_is_refused_with_the_counts(protos, graph, sold_as):
     count = sum(node.op_type == "Conv" for node in protos[graph].graph.node)
     wanted = {"fp16": f"0 of {count} convolutions in float16", "fp32": f"2 of {count} .* float32"}
-    with pytest.raises(ExportError, match=f"{wanted[sold_as]}.* cannot be sold as {sold_as}"):
+    with pytest.raises(ExportError, match=f"{wanted[sold_as]}.* is no graph of {sold_as}"):
         build(protos[graph].SerializeToString(), precision=sold_as, **RTX)
 
 
 def test_graph_without_convolutions_proves_nothing():
     with pytest.raises(ExportError, match="0 of 0 convolutions in float16"):
-        check_sold_as({}, "fp16")
+        check_precision({}, "fp16")
 
 
 def test_graph_with_one_wide_convolution_is_no_half_precision(protos):
@@ -402,7 +402,7 @@ def test_graph_with_one_wide_convolution_is_no_half_precision(protos):
     )
     for cast in casts:
         changed.graph.node.insert(index, cast)
-    with pytest.raises(ExportError, match=f"sold as fp16 \\({node.name} is float32\\)"):
+    with pytest.raises(ExportError, match=f"no graph of fp16 \\({node.name} is float32\\)"):
         build(changed.SerializeToString(), precision="fp16", **RTX)
 
 

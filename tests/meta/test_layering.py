@@ -13,6 +13,7 @@ LAYERS = {
     "ulae_rt.__main__": "commands",
     "ulae_rt.allocator": "leaves",
     "ulae_rt.apply": "commands",
+    "ulae_rt.arguments": "leaves",
     "ulae_rt.baselines": "baselines",
     "ulae_rt.batch": "commands",
     "ulae_rt.batching": "batching",

@@ -1,0 +1,424 @@
+"""What an export writes beside what is there: one network a folder, and nothing is lost."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from _support.engines import edit, make_manifest, measured, write_engine
+from _support.nets import small_net, small_weights
+from ulae_rt.cli import run_command
+from ulae_rt.engines import load_engine, survey
+from ulae_rt.errors import EngineMismatch, EquivalenceError, ExportError, OutputError
+from ulae_rt.export import exporter
+from ulae_rt.export.config import TOLERANCES, ExportConfig
+from ulae_rt.export.report import report_of
+from ulae_rt.export.serving import write_repository
+from ulae_rt.manifest import TENSORS, VERIFIED, EngineMetadata, Manifest, TensorSpec, sha256
+
+
+class FakeNetwork:
+    """In place of tracing and float64: no artefact computes anything."""
+
+    def __init__(self, model, shape, wanted, weights_sha256, progress):
+        self.model, self.shape, self.weights_sha256 = model, shape, weights_sha256
+        self.progress = progress
+
+
+FAILING: dict[str, ExportError] = {}
+
+
+def fake_build(network, item, config):
+    if item.precision in FAILING:
+        raise FAILING[item.precision]
+    time.sleep(0.02)
+    return exporter._Built(f"{item.name} of {network.weights_sha256}".encode(), {}, {})
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    FAILING.clear()
+    monkeypatch.setattr(exporter, "_Network", FakeNetwork)
+    monkeypatch.setattr(exporter, "_build", fake_build)
+    monkeypatch.setattr(exporter, "_work", lambda network, item: exporter.Work(0.0, 0.0, 1))
+    monkeypatch.setattr(exporter, "_verified", lambda *_: ([measured()], ""))
+    monkeypatch.setattr(exporter, "check_rewriting", lambda model: None)
+    monkeypatch.setattr("ulae_rt.export.plan.gpus", lambda: ())
+    monkeypatch.setattr("ulae_rt.export.plan.processor", lambda: ("x86", frozenset({"amx_bf16"})))
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return small_weights(tmp_path / "w.safetensors")
+
+
+@pytest.fixture
+def other(tmp_path):
+    return small_weights(tmp_path / "other.safetensors", small_net("release"))
+
+
+def run(capsys, *options):
+    status = run_command("export", list(map(str, options)))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+# Precisions of the default set
+
+
+@pytest.mark.usefixtures("fake")
+def test_default_precision_beyond_its_tolerance_is_left_out_and_said(tmp_path, weights, capsys):
+    FAILING["bf16"] = EquivalenceError("mean displacement error: 3, expected at most 1", "a hint")
+    out = tmp_path / "engine"
+    status, said, err = run(capsys, "--weights", weights, "--out", out)
+    assert (status, err) == (0, "")
+    assert "not made: ulae-net-bf16-cpu.pt2: mean displacement error: 3" in said
+    assert not (out / "ulae-net-bf16-cpu.pt2").exists()
+    assert (out / "ulae-net-fp32-cpu.pt2").exists()
+    assert "- Left out: ulae-net-bf16-cpu.pt2: " in (out / "REPORT.md").read_text()
+    status, said, _ = run(capsys, "--weights", weights, "--out", out, "--overwrite", "--json")
+    (left_out,) = json.loads(said)["left_out"]
+    assert left_out["artefact"] == "ulae-net-bf16-cpu.pt2"
+    assert "mean displacement error" in left_out["reason"]
+    assert left_out["hint"] == "a hint"
+    # A later export keeps that line, until the artefact is made.
+    FAILING.clear()
+    run(capsys, "--weights", weights, "--out", out, "--format", "onnx", "--overwrite")
+    assert "Left out: ulae-net-bf16" in (out / "REPORT.md").read_text()
+    run(capsys, "--weights", weights, "--out", out, "--overwrite")
+    assert "Left out" not in (out / "REPORT.md").read_text()
+
+
+@pytest.mark.usefixtures("fake")
+def test_precision_asked_for_by_name_must_hold(tmp_path, weights, capsys):
+    FAILING["fp16"] = EquivalenceError("too far off", "a hint")
+    out = tmp_path / "engine"
+    options = ("--weights", weights, "--out", out, "--precision", "fp32", "--precision", "fp16")
+    status, _, err = run(capsys, *options)
+    assert status == 1
+    assert err.startswith("error: ulae-net-fp16.onnx: too far off\nhint: a hint")
+
+
+@pytest.mark.usefixtures("fake")
+def test_defaults_of_which_none_holds_fail(tmp_path, weights, capsys):
+    for precision in ("fp32", "fp16", "bf16"):
+        FAILING[precision] = EquivalenceError(f"{precision} is off", "")
+    status, _, err = run(capsys, "--weights", weights, "--out", tmp_path / "engine")
+    assert status == 1
+    assert "error: ulae-net-fp32.onnx: fp32 is off" in err
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.usefixtures("fake")
+def test_named_format_needs_one_precision_that_holds(tmp_path, weights, capsys):
+    FAILING["fp16"] = EquivalenceError("too far off", "")
+    options = ("--weights", weights, "--out", tmp_path / "engine", "--format", "onnx")
+    assert run(capsys, *options)[0] == 0
+    FAILING["fp32"] = EquivalenceError("too far off too", "")
+    assert run(capsys, *options, "--overwrite")[0] == 1
+
+
+# Tolerances
+
+
+@pytest.mark.usefixtures("fake")
+def test_tolerance_is_in_the_manifest_and_a_looser_one_is_marked(tmp_path, weights, capsys):
+    out = tmp_path / "engine"
+    options = ("--weights", weights, "--out", out, "--format", "onnx", "--precision", "fp32")
+    assert run(capsys, *options)[0] == 0
+    assert Manifest.read(out / "ulae-net-fp32.json").tolerance == TOLERANCES["fp32"]
+    assert "Looser" not in (out / "REPORT.md").read_text()
+    assert run(capsys, *options, "--overwrite", "--tolerance", "disp_max=0.5")[0] == 0
+    assert Manifest.read(out / "ulae-net-fp32.json").tolerance.disp_max == 0.5
+    assert "**Looser than the standard of fp32: disp_max.**" in (out / "REPORT.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flips", "voxels", "options", "passes"),
+    [
+        (1, 8192, {}, True),  # 122 in a million, of which 100 pass
+        (4, 8192, {}, True),
+        (5, 8192, {}, False),
+        (491, 160 * 192 * 160, {}, True),
+        (492, 160 * 192 * 160, {}, False),
+        (1, 8192, {"sign_flips": 0}, False),
+        (1, 8192, {"sign_flips": 0, "sign_flip_count": 1}, True),
+    ],
+)
+def test_sign_flips_pass_by_rate_or_by_number(flips, voxels, options, passes):
+    tolerance = ExportConfig(tolerances=options).tolerance("fp32")
+    errors = dataclasses.replace(measured(), sign_flips=flips)
+    assert (not tolerance.exceeded(errors, voxels)) == passes
+
+
+# One network a folder
+
+
+@pytest.mark.usefixtures("fake")
+def test_folder_is_looked_at_again_when_files_are_renamed(tmp_path, weights, other, monkeypatch):
+    """While one export builds, another one of other weights has written."""
+    out = tmp_path / "engine"
+    build = exporter._build
+
+    def slow(network, item, config):
+        if config.weights == weights and not out.exists():
+            exporter.export(
+                ExportConfig(other, out, formats=("onnx",), precisions=("fp16",)), lambda _: None
+            )
+        return build(network, item, config)
+
+    monkeypatch.setattr(exporter, "_build", slow)
+    with pytest.raises(OutputError, match="holds engines of other weights") as caught:
+        exporter.export(
+            ExportConfig(weights, out, formats=("onnx",), precisions=("fp32",)), lambda _: None
+        )
+    assert sorted(path.name for path in out.iterdir()) == [
+        "REPORT.md", "ulae-net-fp16.json", "ulae-net-fp16.onnx",
+    ]  # fmt: skip
+    assert "--out" in caught.value.hint
+    exporter.export(  # the hint
+        ExportConfig(weights, tmp_path / "own", formats=("onnx",), precisions=("fp32",)),
+        lambda _: None,
+    )
+
+
+@pytest.mark.usefixtures("fake")
+def test_two_exports_at_once_lose_nothing(tmp_path, weights):
+    out = tmp_path / "engine"
+    results = {}
+
+    def export(precision):
+        config = ExportConfig(weights, out, formats=("onnx",), precisions=(precision,))
+        results[precision] = exporter.export(config, lambda _: None)
+
+    threads = [threading.Thread(target=export, args=(p,)) for p in ("fp32", "fp16")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 2
+    report = (out / "REPORT.md").read_text()
+    for precision in results:
+        manifest = Manifest.read(out / f"ulae-net-{precision}.json")
+        assert sha256((out / manifest.artefact).read_bytes()) == manifest.artefact_sha256
+        assert f"| {manifest.artefact} |" in report
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.usefixtures("fake")
+def test_two_exports_of_one_artefact_do_not_replace_each_other(tmp_path, weights):
+    out = tmp_path / "engine"
+    barrier, outcomes = threading.Barrier(2), []
+
+    def export():
+        config = ExportConfig(weights, out, formats=("onnx",), precisions=("fp32",))
+        try:
+            outcomes.append(exporter.export(config, lambda stage: stage == "x"))
+        except OutputError as error:
+            outcomes.append(error)
+
+    def together():
+        barrier.wait(20)
+        export()
+
+    threads = [threading.Thread(target=together) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, OutputError)]
+    assert len(outcomes) == 2
+    assert len(refused) == 1
+    assert "is there already" in str(refused[0])
+
+
+@pytest.mark.usefixtures("fake")
+def test_unreadable_manifest_that_is_replaced_is_no_hindrance(tmp_path, weights, capsys):
+    out = tmp_path / "engine"
+    options = ("--weights", weights, "--out", out, "--format", "onnx", "--precision", "fp32")
+    assert run(capsys, *options)[0] == 0
+    edit(out / "ulae-net-fp32.json", format_version=2)
+    assert run(capsys, *options)[0] == 1
+    assert run(capsys, *options, "--overwrite")[0] == 0  # the hint
+    (out / "ulae-net-bf16.json").write_text("{")
+    status, _, err = run(capsys, *options, "--overwrite")
+    assert status == 1
+    assert "ulae-net-bf16.json: not a manifest" in err
+    assert "remove that file" in err
+    (out / "ulae-net-bf16.json").unlink()  # the hint
+    assert run(capsys, *options, "--overwrite")[0] == 0
+
+
+@pytest.mark.usefixtures("fake")
+def test_failure_between_the_two_files_takes_the_first_back(tmp_path, weights, monkeypatch):
+    out = tmp_path / "engine"
+    config = ExportConfig(weights, out, formats=("onnx",), precisions=("fp32",))
+    exporter.export(config, lambda _: None)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    replace = Path.replace
+
+    def fail(self, target):
+        if Path(target).name == "ulae-net-fp32.json":
+            raise OSError(5, "Input/output error", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OutputError, match="Input/output error"):
+        exporter.export(dataclasses.replace(config, overwrite=True), lambda _: None)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+# What a dry run promises
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("weights", "no such weights file"),
+        ("there", "ulae-net-fp32.onnx: is there already"),
+        ("network", "holds engines of other weights"),
+        ("out-file", "is a file, expected a folder"),
+        ("triton-file", "is a file, expected a folder"),
+        ("triton-in-file", "is a file, expected a folder"),
+        ("triton-there", "ulae-net-fp32: is there already"),
+        ("batch", "expected at most"),
+    ],
+)
+def test_dry_run_refuses_what_the_run_refuses(tmp_path, weights, other, capsys, case, message):
+    out, file = tmp_path / "engine", tmp_path / "file"
+    file.write_text("")
+    options = ["--weights", weights, "--out", out, "--format", "onnx", "--precision", "fp32"]
+    if case == "weights":
+        weights.unlink()
+    elif case in ("there", "network"):
+        made = [*options, "--precision", "fp16"] if case == "network" else options
+        made = [other if each == weights and case == "network" else each for each in made]
+        assert run(capsys, *made)[0] == 0
+        if case == "network":
+            (out / "ulae-net-fp32.onnx").unlink()
+            (out / "ulae-net-fp32.json").unlink()
+    elif case == "out-file":
+        options[3] = file
+    elif case == "batch":
+        options += ["--shape", 320, 384, 320, "--batch", 8]
+    else:
+        models = {"triton-file": file, "triton-in-file": file / "models"}.get(case, tmp_path / "m")
+        if case == "triton-there":
+            (models / "ulae-net-fp32").mkdir(parents=True)
+        options += ["--triton-repository", models]
+    outcomes = [run(capsys, *options, *extra) for extra in (["--dry-run"], [])]
+    assert outcomes[0][0] == outcomes[1][0] != 0
+    for _, said, err in outcomes:
+        assert said == ""
+        assert message in err
+
+
+# The model repository
+
+
+def served(folder, name, weights_sha256="a" * 64, grid=(16, 32, 16)):
+    path = folder / f"{name}.onnx"
+    path.write_bytes(b"a graph")
+    specs = [
+        TensorSpec(tensor, (1, len(channels), *grid), "float32", "", channels)
+        for tensor, channels in TENSORS.items()
+    ]
+    manifest = make_manifest(
+        b"a graph", path.name, inputs=tuple(specs[:2]), outputs=tuple(specs[2:]),
+        weights_sha256=weights_sha256, metadata=EngineMetadata("paper", grid, 1.0, "max", "", ""),
+    )  # fmt: skip
+    return path, manifest
+
+
+@pytest.mark.parametrize("change", [{"weights_sha256": "b" * 64}, {"grid": (32, 32, 16)}])
+def test_repository_of_two_networks_is_refused(tmp_path, change):
+    repository = tmp_path / "models"
+    write_repository(repository, [served(tmp_path, "ulae-net-fp32")], overwrite=False)
+    with pytest.raises(OutputError, match="is of another network or grid: weights aaa") as caught:
+        write_repository(repository, [served(tmp_path, "ulae-net-fp16", **change)], overwrite=True)
+    assert sorted(path.name for path in repository.iterdir()) == ["ulae-net-fp32"]
+    assert "--triton-repository" in caught.value.hint
+    write_repository(
+        tmp_path / "own", [served(tmp_path, "ulae-net-fp16", **change)], overwrite=False
+    )
+    write_repository(repository, [served(tmp_path, "ulae-net-fp16")], overwrite=False)
+    assert len(list(repository.iterdir())) == 2
+
+
+def _write_model(repository, path, manifest):
+    try:
+        write_repository(repository, [(path, manifest)], overwrite=False)
+    except OutputError:
+        os._exit(3)
+
+
+def test_two_writers_of_one_repository_lose_nothing(tmp_path):
+    """In processes of their own, as two exports are."""
+    repository = tmp_path / "models"
+    context = multiprocessing.get_context("fork")
+    artefacts = [served(tmp_path, f"ulae-net-fp32-b{n}") for n in (1, 2)]
+    artefacts.append(artefacts[0])
+    writers = [context.Process(target=_write_model, args=(repository, *a)) for a in artefacts]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert sorted(writer.exitcode for writer in writers) == [0, 0, 3]
+    assert sorted(path.name for path in repository.iterdir()) == [
+        "ulae-net-fp32-b1", "ulae-net-fp32-b2",
+    ]  # fmt: skip
+
+
+# The report
+
+
+def test_report_has_the_tolerance(tmp_path):
+    write_engine(tmp_path)
+    text = report_of(tmp_path, {"ulae-net-bf16-cpu.pt2": "too far off"})
+    assert "- Tolerance of ulae-net-fp32.onnx: disp_mean 0.0002, disp_p99 0.001" in text
+    assert "- Left out: ulae-net-bf16-cpu.pt2: too far off" in text
+    assert load_engine(tmp_path).manifest.status == VERIFIED
+
+
+# Hints, followed
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("damage", ["artefact", "manifest", "old", "no-artefact", "changed"])
+def test_hint_to_export_again_mends_the_folder(tmp_path, weights, capsys, damage):
+    out = tmp_path / "engine"
+    options = ("--weights", weights, "--out", out, "--format", "onnx", "--precision", "fp32")
+    assert run(capsys, *options)[0] == 0
+    artefact, manifest = out / "ulae-net-fp32.onnx", out / "ulae-net-fp32.json"
+    if damage == "artefact":
+        artefact.write_bytes(b"damaged")
+    elif damage == "no-artefact":
+        artefact.unlink()
+    elif damage == "manifest":
+        manifest.write_text("{")
+    else:
+        edit(manifest, **({"format_version": 2} if damage == "old" else {"target": "sm90"}))
+    with pytest.raises(EngineMismatch) as caught:
+        load_engine(out)
+    assert "--weights FILE --out DIR --overwrite" in caught.value.hint
+    assert run(capsys, *options)[0] == 1  # without --overwrite it would not be mended
+    assert run(capsys, *options, "--overwrite")[0] == 0
+    assert survey(out)[0].refusal is None
+    assert sha256(artefact.read_bytes()) == Manifest.read(manifest).artefact_sha256
+
+
+@pytest.mark.usefixtures("fake")
+def test_hint_for_a_file_that_is_there(tmp_path, weights, capsys):
+    options = ("--weights", weights, "--format", "onnx", "--precision", "fp32", "--out")
+    out = tmp_path / "engine"
+    assert run(capsys, *options, out)[0] == 0
+    _, _, err = run(capsys, *options, out)
+    assert "hint: pass --overwrite, or another --out" in err
+    assert run(capsys, *options, tmp_path / "another")[0] == 0
+    assert run(capsys, *options, out, "--overwrite")[0] == 0
