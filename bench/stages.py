@@ -8,8 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from harness.record import ROOT
 from suites import kernels as kernel_suite
 from suites import network as network_suite
 from suites import training as training_suite
+from ulae_rt.convolutions import exact_convolutions
 
 SMALL: Sizes = (8, 16, 8)
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
@@ -72,7 +72,7 @@ def ops(evidence: Evidence, setting: Setting) -> None:
     """Every op forward and backward: its error and the reference's, and the same bits again."""
     for name, case in OPS.items():
         inputs = case.make(setting.sizes, 1, setting.device)
-        with implementation("reference"), exactly():
+        with implementation("reference"), exact_convolutions():
             truth = forward_backward(case.call, [x.double() for x in inputs])
             grads = cotangents(truth[: len(truth) - len(inputs)])
             plain = forward_backward(case.call, inputs, [x.float() for x in grads])
@@ -126,14 +126,18 @@ def network(evidence: Evidence, setting: Setting) -> None:
     """One pair through the network, device to device; then each of its convolutions alone."""
     sizes = (32, 32, 32) if setting.small else setting.sizes
     pair = network_suite.images(sizes, 1, str(setting.device))
-    with exactly(), torch.inference_mode():
+    with exact_convolutions(), torch.inference_mode():
         truth = network_suite.package("paper", None).to(setting.device).predict(*pair).disp.clone()
     for name, dtype in PRECISIONS.items():
         if name == "fp16" and not setting.on_gpu:
             continue
         net = network_suite.package("paper", dtype).to(setting.device)
         for kind, program in (("eager", net.predict), ("folded", folded(net, name))):
-            with exactly(), torch.inference_mode(), gpu_timing.own_stream(setting.device):
+            with (
+                exact_convolutions(),
+                torch.inference_mode(),
+                gpu_timing.own_stream(setting.device),
+            ):
                 run, how = captured(partial(program, *pair), setting) if kind == "folded" else (
                     partial(program, *pair), "eager"
                 )  # fmt: skip
@@ -145,7 +149,7 @@ def network(evidence: Evidence, setting: Setting) -> None:
                 voxels_off_mean=float(off.mean()), voxels_off_largest=float(off.max()),
             )  # fmt: skip
         if name != "fp32" or setting.small:
-            with exactly(), torch.inference_mode():
+            with exact_convolutions(), torch.inference_mode():
                 profiled(evidence, f"kernels, {name}", partial(folded(net, name), *pair), setting)
     for name, dtype in PRECISIONS.items():
         if name == "fp16" and not setting.on_gpu:
@@ -241,7 +245,7 @@ def convolutions(
 ) -> None:
     """Each shape of convolution alone; 18 channels also as 24, a multiple of 8."""
     program = folded(network_suite.package("paper", dtype).to(setting.device), name)
-    with exactly(), torch.inference_mode(), _Convolutions() as counted:
+    with exact_convolutions(), torch.inference_mode(), _Convolutions() as counted:
         program(*pair)
     wide = torch.float32 if dtype is None else dtype
     layout = torch.channels_last_3d
@@ -255,7 +259,7 @@ def convolutions(
                 for shape in shapes
             )
             run = partial(F.conv3d, image, weight, None, **dict(options))
-            with exactly(), torch.inference_mode():
+            with exact_convolutions(), torch.inference_mode():
                 seconds = times(run, replace_rounds(setting, 2 if setting.small else 8))
                 kernel = longest_kernel(run, setting)
             evidence.add(
@@ -371,7 +375,7 @@ def program(evidence: Evidence, setting: Setting) -> None:
     finally:
         path.unlink()
     pair = network_suite.images(sizes, 1, str(setting.device))
-    with exactly(), torch.inference_mode(), gpu_timing.own_stream(setting.device):
+    with exact_convolutions(), torch.inference_mode(), gpu_timing.own_stream(setting.device):
         run, how = captured(partial(loaded, *pair), setting)
         seconds = times(run, setting)
     evidence.add("one pair", precision=precision, how=how, seconds=seconds, median=median(seconds))
@@ -395,13 +399,6 @@ def refinement(evidence: Evidence, setting: Setting) -> None:
             "ten iterations", number=number, seconds=time.perf_counter() - started,
             iterations=report.iterations, before=report.lncc_before, after=report.lncc_after,
         )  # fmt: skip
-
-
-@contextmanager
-def exactly() -> Iterator[None]:
-    """Without TF32, and cuDNN free to try which of its ways is the fastest."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-        yield
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulae_rt.arguments import check_choice, device_name, parse_device, path_of, what_is_at
+from ulae_rt.convolutions import exact_convolutions
 from ulae_rt.engines import BACKENDS as ENGINE_BACKENDS
 from ulae_rt.engines import Engine, EngineOutput, load_engine
 from ulae_rt.engines.backends.base import failure
@@ -81,11 +82,8 @@ class TorchBackend:
         import torch
 
         assert self._model is not None  # its engine sees to that
-        # torch lets cuDNN round float32 convolutions to TF32 unless told otherwise; a displacement
-        # of 20 voxels would be off by hundredths of one.
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         try:
-            with torch.inference_mode(), exact:
+            with torch.inference_mode(), exact_convolutions():
                 # torch warns of arrays that may not be written to.
                 arrays = [np.require(image, requirements="W") for image in feeds.values()]
                 images = [torch.from_numpy(array).to(self.device) for array in arrays]

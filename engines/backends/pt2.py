@@ -12,6 +12,7 @@ import numpy as np
 
 from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.arguments import parse_device
+from ulae_rt.convolutions import exact_convolutions
 from ulae_rt.engines.backends.base import Array, failure
 from ulae_rt.errors import BackendUnavailable
 from ulae_rt.manifest import ANY_BATCH, Manifest
@@ -90,13 +91,9 @@ class Pt2Backend:
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """Unless told otherwise, torch lets cuDNN round float32 convolutions to TF32."""
     import torch
 
-    with (
-        torch.inference_mode(),
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-    ):
+    with torch.inference_mode(), exact_convolutions():
         yield
 
 

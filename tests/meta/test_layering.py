@@ -19,6 +19,7 @@ LAYERS = {
     "ulae_rt.batching": "batching",
     "ulae_rt.cli": "commands",
     "ulae_rt.conventions": "leaves",
+    "ulae_rt.convolutions": "leaves",
     "ulae_rt.displacement": "model",
     "ulae_rt.doctor": "commands",
     "ulae_rt.engines": "engines",

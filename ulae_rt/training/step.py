@@ -3,11 +3,11 @@
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from ulae_rt.convolutions import exact_convolutions
 from ulae_rt.errors import BackendUnavailable, ConfigError, TrainingError
 from ulae_rt.losses import Labels, Loss, registration_loss
 from ulae_rt.model import UlaeNet
@@ -20,11 +20,6 @@ logger = logging.getLogger(__name__)
 
 _PARTS = len(Loss._fields)
 _WARM_UPS = 3
-
-
-def _exact_convolutions() -> AbstractContextManager[None]:
-    # "fp32" is to mean that: torch lets cuDNN round to TF32 unless told otherwise.
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class Outcome:
@@ -121,7 +116,7 @@ class Step:
         """Launch step ``step`` on this process's micro-batches, with the learning rate ``rate``."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        with _exact_convolutions():
+        with exact_convolutions():
             self._add_gradients(batches)
         self.processes.add_up(self._sums)
         finite = self._sums.isfinite().all()
@@ -139,7 +134,7 @@ class Step:
             for i, name in enumerate(batch.names):
                 own = slice(i, i + 1)
                 maps = labels and Labels(labels.moving[own], labels.fixed[own], labels.number)
-                with _exact_convolutions():
+                with exact_convolutions():
                     total = float(self._loss(self._entry(), moving[own], fixed[own], maps).total)
                 if not math.isfinite(total):
                     found.append(f"the loss of {name} is {total}")

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ulae_rt.convolutions import exact_convolutions
 from ulae_rt.displacement import upsample_displacement
 from ulae_rt.kernels import warp
 from ulae_rt.losses import jacobian_determinant
@@ -48,7 +49,7 @@ def validate(
     rows = []
     for moving, fixed in pairs:
         images = [load_scan(path, pool)[None].to(device) for path in (moving, fixed)]
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as register does
+        with exact_convolutions():  # as register does
             disp = upsample_displacement(model.predict(*images).disp, pool)
         source, target = load_labels(moving), load_labels(fixed)
         moved = carry_labels(source, disp)
