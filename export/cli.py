@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs=3,
         metavar=("D", "H", "W"),
-        help="grid of the engine, multiples of 16, the smallest 16 16 16; default: the one the "
-        "weights were trained on",
+        help="grid of the engine, multiples of 16 (32 16 16 may not be verified: take 32 32 16 or "
+        "larger); default: the one the weights were trained on",
     )
     parser.add_argument("--format", action="append", choices=KINDS, help="may be repeated")
     parser.add_argument(

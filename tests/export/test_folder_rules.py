@@ -422,3 +422,17 @@ def test_hint_for_a_file_that_is_there(tmp_path, weights, capsys):
     assert "hint: pass --overwrite, or another --out" in err
     assert run(capsys, *options, tmp_path / "another")[0] == 0
     assert run(capsys, *options, out, "--overwrite")[0] == 0
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("shape", [(32, 16, 16), (16, 16, 32)])
+def test_failure_on_a_grid_with_two_coarsest_voxels_says_so(tmp_path, weights, capsys, shape):
+    FAILING["fp32"] = EquivalenceError("too far off", "a hint")
+    options = ["--weights", weights, "--out", tmp_path / "engine", "--precision", "fp32"]
+    _, _, err = run(capsys, *options, "--shape", *shape)
+    assert "two voxels at its coarsest level" in err
+    assert "take --shape 32 32 16 or larger" in err
+    _, _, err = run(capsys, *options, "--shape", 32, 32, 16)
+    assert "coarsest" not in err
+    FAILING.clear()
+    assert run(capsys, *options, "--shape", 32, 32, 16)[0] == 0
