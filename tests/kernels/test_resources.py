@@ -191,7 +191,7 @@ def test_the_interpreter_is_refused(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resources.main([]) == 1
     out, err = capsys.readouterr()
-    assert (out, err.splitlines()[1]) == ("", "hint: unset it")
+    assert (out, err.splitlines()[1]) == ("", "hint: unset TRITON_INTERPRET")
 
 
 def test_missing_triton_is_said(

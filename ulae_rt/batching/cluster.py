@@ -266,7 +266,7 @@ class Cluster:
         except self._ray.exceptions.RayError as error:
             raise BackendUnavailable(
                 f"Ray gave up: {' '.join(str(error).split())[:200]}",
-                "see Ray's logs; --resume goes on",
+                "Ray's logs may say why; go on with --resume",
             ) from error
 
     @contextlib.contextmanager
