@@ -301,7 +301,10 @@ def _tensorrt(kind: str) -> Iterator[Check]:
     else:
         detail = f"{found}, but it builds on the GPU it is for, and here is none"
         yield Check(
-            build, False, detail, "export on that machine, or here with --format tensorrt-rtx"
+            build,
+            False,
+            detail,
+            "export on that machine, or here with --format tensorrt-rtx --target sm89",
         )
 
 
