@@ -1,5 +1,6 @@
 """A list on a cluster: the same files as on one machine, whoever dies."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -34,6 +36,7 @@ from ulae_rt.registrar import Registrar
 BIG, SMALL = {"CPU": 16.0, "memory": 1e9}, {"CPU": 6.0}
 GPUS = {"CPU": 32.0, "GPU": 4.0}
 HEAD = {"CPU": 0.0, "memory": 1e9}
+TOKEN = "0123456789abcdef" * 4
 
 
 @pytest.mark.parametrize(
@@ -204,6 +207,8 @@ def arguments(scans, out, *more):
 class OnRay:
     """A run on a Ray of its own, with two workers; no process of it may be left."""
 
+    home: ClassVar[dict[str, str]] = {}
+
     def __init__(self, scans, out):
         pytest.importorskip("ray")
         # Not pytest's folder: names of sockets may have 107 characters.
@@ -214,7 +219,12 @@ class OnRay:
     def __enter__(self):
         self.process = subprocess.Popen(
             self.command,
-            env={**os.environ, "RAY_TMPDIR": self.folder, "RAY_ADDRESS": "nowhere:1"},
+            env={
+                **os.environ,
+                "RAY_TMPDIR": self.folder,
+                "RAY_ADDRESS": "nowhere:1",
+                **self.home,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -241,6 +251,64 @@ class OnRay:
             os.kill(number, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
         assert not left
+
+
+class Head(OnRay):
+    """What the hint starts; ``--block`` keeps it where it can be ended without `ray stop`."""
+
+    def __init__(self):
+        pytest.importorskip("ray")
+        self.folder = tempfile.mkdtemp(prefix="ray-")
+        # A user who has run Ray before has a token, and a Ray that wants it.
+        self.home = {"HOME": self.folder}
+        (Path(self.folder) / ".ray").mkdir()
+        (Path(self.folder) / ".ray" / "auth_token").write_text(TOKEN)
+        start = "from ray.scripts.scripts import main; main()"
+        self.command = [sys.executable, "-P", "-c", start, "start", "--head", "--block"]
+        self.command += ["--port", "0", "--num-cpus", "2", "--include-dashboard", "false"]
+        self.command += ["--object-store-memory", "100000000"]
+
+    def __exit__(self, *_):
+        for number in self.left():  # nothing else ends all that it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        super().__exit__()
+
+    def address(self):
+        """As it says it."""
+        for line in self.process.stdout:
+            if said := re.search(r"--address='([^']+)'", line):
+                return said[1]
+        pytest.fail(f"it says no address: {self.process.stderr.read()[-2000:]}")
+
+
+@pytest.mark.slow
+@pytest.mark.follows("'ray start --head' says the address", "give --ray auto on its own machine; ")
+def test_a_ray_that_runs_is_found_at_the_address_it_says(scans, here, tmp_path):
+    with Head() as head:
+
+        def batch(address, name, **more):
+            command = [sys.executable, "-P", "-m", "ulae_rt.batch"]
+            command += arguments(scans, tmp_path / name, "--workers", "1", "--ray", address)
+            environment = {**os.environ, "RAY_TMPDIR": head.folder, **head.home, **more}
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=180
+            )
+            return done.returncode, done.stderr
+
+        status, said = batch("head", "none")
+        assert (status, "hint: 'ray start --head' says the address" in said) == (2, True)
+        address = head.address()
+        status, said = batch(address, "refused")
+        assert status == 1
+        assert "hint: give --ray auto on its own machine; elsewhere set RAY_AUTH_MODE=token" in said
+        _, said = batch("auto", "auto")
+        assert "error: 1 of 8 pairs failed: bad" in said
+        elsewhere = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        _, said = batch(address, "token", **elsewhere)
+        assert "error: 1 of 8 pairs failed: bad" in said
+    assert_same(tmp_path / "auto", here)
+    assert_same(tmp_path / "token", here)
 
 
 def wait_for(found, run, seconds=120):
@@ -331,6 +399,8 @@ class PretendedRay:
         self.DataContext = SimpleNamespace(get_current=SimpleNamespace)
 
     def init(self, address, **_):
+        if not self.machines:
+            raise ConnectionError("no Ray here")
         self.addresses.append(address)
 
     def nodes(self):
@@ -411,6 +481,17 @@ def test_without_an_address_a_ray_of_its_own_is_started(on_ray, tmp_path):
     ray = PretendedRay([SMALL])
     assert on_ray(ray, "--ray")[0] == 0
     assert ray.addresses == ["local"]
+    assert_all_done(tmp_path / "out")
+
+
+@pytest.mark.follows(
+    "Ray's logs may say why; or start one with 'ray start --head' and give --ray auto"
+)
+def test_where_no_ray_can_be_started_one_that_runs_is_taken(on_ray, tmp_path):
+    status, said = on_ray(PretendedRay([]), "--ray")
+    assert status == 1
+    assert "hint: Ray's logs may say why; or start one with 'ray start --head' and give" in said
+    assert on_ray(PretendedRay([SMALL]), "--ray", "auto")[0] == 0
     assert_all_done(tmp_path / "out")
 
 

@@ -6,11 +6,7 @@ from _support.hints import Follows, Hint, Unreadable, follows, follows_of, hints
 from _support.project import ROOT
 
 # Hints that cannot be followed here: a piece of each, and why.
-NOT_FOLLOWED: dict[str, str] = {
-    "'ray start --head' says the address": (
-        "what it starts ends with 'ray stop' only, which ends every other Ray of the machine"
-    ),
-}
+NOT_FOLLOWED: dict[str, str] = {}
 
 # A shorter piece would be found in other hints some day.
 SHORTEST = 8
