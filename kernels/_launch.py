@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,19 @@ _said: set[str] = set()
 _tracing_for_cpu: ContextVar[bool] = ContextVar("tracing_for_cpu", default=False)
 
 
-def unavailable(device: torch.device) -> tuple[str, str] | None:
-    """Why the Triton kernels cannot run on ``device``, and what to do; None when they can."""
+class Missing(NamedTuple):
+    """Why the Triton kernels cannot run, and what to do."""
+
+    message: str
+    hint: str
+
+
+def unavailable(device: torch.device) -> Missing | None:
+    """Why the Triton kernels cannot run on ``device``; None when they can."""
     if not TRITON_INSTALLED:
-        return "triton is not installed", "pip install 'ulae-rt[gpu]'"
+        return Missing("triton is not installed", "pip install 'ulae-rt[gpu]'")
     if device.type != "cuda" and not env.triton_interprets():
-        return (
+        return Missing(
             f"they need a CUDA tensor, got one on {device.type}",
             "move it to a GPU, or set TRITON_INTERPRET=1 to run them, slowly, on the CPU",
         )
@@ -50,8 +57,8 @@ def uses_triton(tensor: Tensor) -> bool:
         check_available(tensor)
         return True
     reason = unavailable(tensor.device)
-    if reason and tensor.device.type == "cuda" and reason[0] not in _said:
-        _said.add(reason[0])
+    if reason and tensor.device.type == "cuda" and reason.message not in _said:
+        _said.add(reason.message)
         logger.info("%s: CUDA tensors take the reference operations (%s)", *reason)
     return reason is None
 
@@ -59,8 +66,8 @@ def uses_triton(tensor: Tensor) -> bool:
 def check_available(tensor: Tensor) -> None:
     """Refuse, with the reason, a tensor that no Triton kernel can take."""
     if (reason := unavailable(tensor.device)) is not None:
-        why, hint = reason
-        raise BackendUnavailable(f"the Triton kernels cannot run: {why}", hint)
+        message = f"the Triton kernels cannot run: {reason.message}"
+        raise BackendUnavailable(message, reason.hint)
 
 
 def arranged_for_cpu(*tensors: Tensor) -> bool:

@@ -291,7 +291,9 @@ def check_tools() -> None:
     if not _launch.TRITON_INSTALLED:
         raise BackendUnavailable(f"{what}: triton is not installed", "pip install 'ulae-rt[gpu]'")
     if env.triton_interprets():
-        raise BackendUnavailable(f"{what}: TRITON_INTERPRET=1 runs them in Python", "unset it")
+        raise BackendUnavailable(
+            f"{what}: TRITON_INTERPRET=1 runs them in Python", "unset TRITON_INTERPRET"
+        )
     from triton import knobs
 
     try:

@@ -205,7 +205,9 @@ def _torch(torch: ModuleType | str) -> Check:
 def _cuda(torch: ModuleType | str) -> Check:
     name = "--device cuda"
     if isinstance(torch, str):
-        return Check(name, False, torch, "install a CUDA build of torch, then 'ulae-rt[gpu]'")
+        return Check(
+            name, False, torch, "install a CUDA build of torch, then pip install 'ulae-rt[gpu]'"
+        )
     if torch.version.cuda is None:
         detail = f"torch {torch.__version__} is a build without CUDA"
         return Check(name, False, detail, "where there is a GPU, install a CUDA build of torch")
@@ -299,7 +301,12 @@ def _tensorrt(kind: str) -> Iterator[Check]:
         yield Check(build, True, f"{found}, for {_names_of_gpus()}")
     else:
         detail = f"{found}, but it builds on the GPU it is for, and here is none"
-        yield Check(build, False, detail, "export on that machine, or --format tensorrt-rtx")
+        yield Check(
+            build,
+            False,
+            detail,
+            "export on that machine, or here with --format tensorrt-rtx --target sm89",
+        )
 
 
 def _bindings() -> Check:

@@ -13,7 +13,7 @@ def kernels() -> str:
     if choice not in KERNEL_CHOICES:
         raise UsageError(
             f"ULAE_RT_KERNELS is {choice!r}, expected one of {', '.join(KERNEL_CHOICES)}",
-            "unset it to let the device decide",
+            "unset ULAE_RT_KERNELS to let the device decide",
         )
     return choice
 

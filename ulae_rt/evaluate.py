@@ -89,7 +89,10 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     require("scipy", "evaluate")
     workers = processors() if arguments.workers is None else arguments.workers
     if workers < 1:
-        raise UsageError(f"--workers is {workers}, expected at least 1", "see -h")
+        raise UsageError(
+            f"--workers is {workers}, expected at least 1",
+            "leave --workers out for one for each processor",
+        )
     protocol = _protocol(arguments)
     pairs, methods = _opened(arguments.results)
     check_measurable(pairs)
@@ -152,7 +155,7 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
     if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", arguments.labels):
         raise UsageError(
             f"--labels is {arguments.labels!r}, expected all, or whole numbers from 1 with commas",
-            "see -h",
+            "give for example --labels 2,4,17, or leave it out",
         )
     return Protocol.of_labels([int(label) for label in arguments.labels.split(",")])
 
@@ -187,7 +190,10 @@ def _opened(sources: Sequence[str]) -> tuple[list[Pair], list[_Method]]:
         methods.append(_Method(name, path if path.is_dir() else path.parent, rows))
     there = [pair for pair in pairs.values() if any(_done(pair, method) for method in methods)]
     if not there:
-        raise EvaluationError("no pair is registered", "see the errors in results.jsonl")
+        raise EvaluationError(
+            "no pair is registered",
+            "results.jsonl says why; mend the pairs and run 'ulae-rt batch' with --resume",
+        )
     return there, methods
 
 

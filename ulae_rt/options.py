@@ -72,11 +72,13 @@ class NetworkOptions:
             index and (name != "cuda" or not index.isdigit())
         ):
             raise UsageError(
-                f"--device is {arguments.device!r}, expected auto, cpu or cuda[:N]", "see -h"
+                f"--device is {arguments.device!r}, expected auto, cpu or cuda[:N]",
+                "give --device cpu, or leave it out to take the GPU where there is one",
             )
         if arguments.refine < 0:
             raise UsageError(
-                f"--refine is {arguments.refine}, expected 0 or more iterations", "see -h"
+                f"--refine is {arguments.refine}, expected 0 or more iterations",
+                "give --refine 10, or leave it out",
             )
         engine = arguments.engine
         # Here, because what load_network is given may be weights as well.

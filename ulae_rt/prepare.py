@@ -110,7 +110,9 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         ImageError: at the end, when at least one scan failed.
     """
     if arguments.workers < 1:
-        raise UsageError(f"--workers is {arguments.workers}, expected 1 or more", "see -h")
+        raise UsageError(
+            f"--workers is {arguments.workers}, expected 1 or more", "give --workers 1"
+        )
     shape = tuple(arguments.shape)
     if any(n < 16 or n % 16 or n > 512 for n in shape):
         raise UsageError(
@@ -321,8 +323,9 @@ def _run_all(
                     for message in done[job.scan.name]["warnings"]:
                         logger.warning("%s", message)
                 except UlaeError as error:
-                    failed[job.scan.name] = str(error)
-                    logger.warning("%s left out: %s", job.scan.name, error)
+                    reason = f"{error} ({error.hint})" if error.hint else str(error)
+                    failed[job.scan.name] = reason
+                    logger.warning("%s left out: %s", job.scan.name, reason)
                 bar.update()
     finally:
         if pool:

@@ -177,13 +177,15 @@ class Registrar:
         """
         if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
             raise UsageError(
-                f"refine is {refine!r}, expected a whole number of iterations from 0", "see -h"
+                f"refine is {refine!r}, expected a whole number of iterations from 0",
+                "give refine=10, or leave it out",
             )
         if refine:
             require("torch", "torch")
         if affine not in AFFINE_MODES:
             raise UsageError(
-                f"affine is {affine!r}, expected one of {', '.join(AFFINE_MODES)}", "see -h"
+                f"affine is {affine!r}, expected one of {', '.join(AFFINE_MODES)}",
+                "give affine='affine', or leave it out",
             )
         self.affine: AffineMode = affine
         self.refine = refine
@@ -336,7 +338,7 @@ class Registrar:
                 raise EngineMismatch(
                     f"the network returned a displacement of {disp.shape[1:]}, expected "
                     f"{(3, *grid.shape)}",
-                    "export the engine again from its weights",
+                    "export the engine again: ulae-rt export --weights FILE",
                 )
         return [
             Deformation(np.ascontiguousarray(each), grid, pair.affine)
@@ -378,7 +380,7 @@ class Registrar:
         if factor < 1 or abs(factor - spacing) > 1e-6:
             raise CheckpointError(
                 f"the network's grid has {spacing} mm, expected 1, 2 or another whole number",
-                "train or export it again at 1 or 2 mm",
+                "train it again, with data.pool = 1 or 2 in the configuration",
             )
         return factor
 

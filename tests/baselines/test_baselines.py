@@ -277,6 +277,53 @@ def test_flags_of_the_network_are_refused_with_a_baseline(flags, scans, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.follows(
+    "leave out --weights, --engine, --backend, --device, --precision and --refine",
+    "leave out --batch-size",
+)
+@pytest.mark.parametrize("source", ["--weights", "--engine"])
+def test_flags_that_a_baseline_has_no_use_for_are_left_out(source, scans, tmp_path, capsys):
+    place = tmp_path if source == "--engine" else tmp_path / "w.safetensors"
+    given = {
+        source: str(place), "--backend": "torch", "--device": "cpu", "--precision": "fp32",
+        "--refine": "10", "--batch-size": "2",
+    }  # fmt: skip
+    line = ("--method", "affine", "--affine", "none", "--pictures", "0")
+    for _ in range(2):  # the network's flags first, then the batch's size
+        flags = [word for flag in given.items() for word in flag]
+        assert batch(scans, tmp_path / "out", *line, *flags) == 2
+        hint = capsys.readouterr().err.splitlines()[-1]
+        assert hint.startswith("hint: leave out --")
+        given = {flag: value for flag, value in given.items() if flag not in hint}
+    assert given == {}
+    assert batch(scans, tmp_path / "out", *line) == 0
+
+
+@pytest.mark.follows(
+    "'affine' needs no other package, 'syn' and 'greedy' need 'ulae-rt[baselines]'"
+)
+@pytest.mark.parametrize("name", ["affine", "syn", "greedy"])
+def test_a_baseline_that_there_is_not_is_one_of_three(name):
+    with pytest.raises(UsageError) as caught:
+        Baseline("elastix")
+    assert f"'{name}'" in caught.value.hint
+    if name != "affine":
+        pytest.importorskip({"syn": "ants", "greedy": "picsl_greedy"}[name])
+    assert Baseline(name).settings["method"] == name
+
+
+@pytest.mark.follows("a negative status is a signal: -9 is often too little memory")
+def test_a_status_is_the_signal_that_the_hint_says():
+    pytest.importorskip("picsl_greedy")
+    process = PackageProcess("greedy", 1)
+    child, _ = process._start()
+    child.kill()  # as the kernel does where memory runs out
+    with pytest.raises(BaselineError, match=rf"ended with status {-signal.SIGKILL}: ") as caught:
+        process.run(job_on("anisotropic"))
+    assert caught.value.hint == "a negative status is a signal: -9 is often too little memory"
+    process.close()
+
+
 def test_a_gpu_by_number_is_ray_s_to_choose(scans, tmp_path, capsys):
     assert batch(scans, tmp_path / "out", "--ray", "--device", "cuda:1") == 2
     assert "--device cuda:1 with --ray" in capsys.readouterr().err

@@ -134,6 +134,7 @@ def test_killed_and_gone_on_with(listed, whole, tmp_path):
     compare(out, whole)
 
 
+@pytest.mark.follows("go on with --resume")
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_after_what_was_in_hand(listed, whole, tmp_path, stop):
     out = tmp_path / "out"
@@ -261,6 +262,7 @@ def test_refined_pairs_say_what_it_took(listed, network, tmp_path, capsys):
     assert (status, "was begun with refine 5, now it is 0" in errors) == (1, True)
 
 
+@pytest.mark.follows("; then go on with --resume")
 def test_a_disk_that_fills_up_stops_cleanly(listed, network, tmp_path, capsys, monkeypatch):
     from ulae_rt import result
     from ulae_rt.errors import DiskFull
@@ -323,3 +325,86 @@ def test_a_registrar_serves_several_threads(listed):
         together = list(pool.map(lambda pair: registrar(*pair).warp.disp, pairs))
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture
+def one(listed):
+    """A list of one pair, and how it is registered quickly."""
+    (listed.parent / "one.csv").write_text("id,moving,fixed\na,LIA.nii.gz,RAS.nii.gz\n")
+    return (listed.parent / "one.csv", "--affine", "none")
+
+
+@pytest.mark.follows("add warp or inverse_warp to --outputs, or leave --warp-format out")
+@pytest.mark.parametrize("remedy", ["warp", "inverse_warp", None])
+def test_a_format_of_no_warp_gets_a_warp_or_is_left_out(one, network, tmp_path, capsys, remedy):
+    flags = [*one, "-o", tmp_path / "out", "--outputs", "moved"]
+    status, errors = call(capsys, *flags, "--warp-format", "ras")
+    assert (status, "hint: add warp or inverse_warp to --outputs" in errors) == (2, True)
+    if remedy:
+        assert call(capsys, *flags, remedy, "--warp-format", "ras")[0] == 0
+        assert (tmp_path / "out" / "pairs" / "a" / f"{remedy}.nii.gz").exists()
+    else:
+        assert call(capsys, *flags)[0] == 0
+
+
+@pytest.mark.follows("says why; mend them and give --resume")
+def test_a_pair_that_failed_is_mended_and_gone_on_with(one, listed, network, tmp_path, capsys):
+    scan = listed.parent / "late.nii.gz"
+    one[0].write_text("id,moving,fixed\na,LIA.nii.gz,RAS.nii.gz\nb,late.nii.gz,RAS.nii.gz\n")
+    flags = (*one, "-o", tmp_path / "out")
+    status, errors = call(capsys, *flags)
+    assert status == 1
+    where = tmp_path / "out" / "results.jsonl"
+    assert f"hint: {where} says why; mend them and give --resume" in errors
+    assert "late.nii.gz does not exist" in where.read_text()
+    save_brain(scan, *GEOMETRIES["LIA"])
+    assert call(capsys, *flags, "--resume")[0] == 0
+    assert {row.status for row in read_results(where)} == {"done"}
+    scan.unlink()
+
+
+@pytest.mark.follows("see 'ulae-rt doctor'")
+def test_a_network_that_fails_every_pair_sends_to_the_doctor(
+    listed, network, tmp_path, capsys, monkeypatch
+):
+    flags = (listed, "-o", tmp_path / "out", "--affine", "none")
+    network.answer = RuntimeError("no such kernel")
+    status, errors = call(capsys, *flags)
+    assert status == 1
+    assert "pairs one after the other" in errors
+    assert "hint: see 'ulae-rt doctor'; then go on with --resume" in errors
+    monkeypatch.setattr("ulae_rt.doctor._gpus", lambda: [])
+    assert main(["doctor"]) == 0
+    assert "--backend torch" in capsys.readouterr().out
+    network.answer = None
+    assert call(capsys, *flags, "--resume")[0] == 1
+    assert {row.id for row in read_results(tmp_path / "out") if row.status == "failed"} == set(BAD)
+
+
+def page_of(capsys, *flags):
+    main(["batch", *map(str, flags), "--pictures", "1"])
+    capsys.readouterr()
+    return (Path(flags[-1]) / "summary.html").read_text()
+
+
+@pytest.mark.follows("its warp was not kept: add warp to --outputs")
+def test_a_pair_without_a_warp_gets_a_picture_with_one(one, network, tmp_path, capsys):
+    page = page_of(capsys, *one, "--outputs", "moved", "-o", tmp_path / "without")
+    assert "No picture: its warp was not kept: add warp to --outputs" in page
+    assert "data:image" not in page
+    page = page_of(capsys, *one, "--outputs", "moved", "warp", "-o", tmp_path / "with")
+    assert "data:image" in page
+
+
+@pytest.mark.follows("register the pair again, into another folder")
+def test_a_scan_that_was_replaced_is_registered_again(network, tmp_path, capsys):
+    moving, fixed = (tmp_path / f"{name}.nii.gz" for name in ("moving", "fixed"))
+    for path in (moving, fixed):
+        save_brain(path, *GEOMETRIES["RAS"])
+    (tmp_path / "pairs.csv").write_text(f"id,moving,fixed\na,{moving},{fixed}\n")
+    flags = (tmp_path / "pairs.csv", "--affine", "none")
+    assert "data:image" in page_of(capsys, *flags, "-o", tmp_path / "first")
+    save_brain(fixed, *GEOMETRIES["LIA"])
+    page = page_of(capsys, *flags, "--resume", "-o", tmp_path / "first")
+    assert "(register the pair again, into another folder)" in page
+    assert "data:image" in page_of(capsys, *flags, "-o", tmp_path / "second")

@@ -1,5 +1,6 @@
 """A list on a cluster: the same files as on one machine, whoever dies."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -13,12 +14,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from _support import engines
 from _support.brains import GEOMETRIES, save_brain
 from _support.networks import FakeNetwork
+from ulae_rt.batching import cluster
 from ulae_rt.batching.cluster import ATTEMPTS, Cluster, Share, _Worker
 from ulae_rt.batching.pairs import Pair
 from ulae_rt.batching.pipeline import Wanted
@@ -26,11 +30,13 @@ from ulae_rt.batching.results import ResultsFolder, Row, read_results
 from ulae_rt.cli import run_command
 from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
 from ulae_rt.manifest import EngineMetadata
+from ulae_rt.options import NetworkOptions
 from ulae_rt.registrar import Registrar
 
 BIG, SMALL = {"CPU": 16.0, "memory": 1e9}, {"CPU": 6.0}
 GPUS = {"CPU": 32.0, "GPU": 4.0}
 HEAD = {"CPU": 0.0, "memory": 1e9}
+TOKEN = "0123456789abcdef" * 4
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,8 @@ def arguments(scans, out, *more):
 class OnRay:
     """A run on a Ray of its own, with two workers; no process of it may be left."""
 
+    home: ClassVar[dict[str, str]] = {}
+
     def __init__(self, scans, out):
         pytest.importorskip("ray")
         # Not pytest's folder: names of sockets may have 107 characters.
@@ -211,7 +219,12 @@ class OnRay:
     def __enter__(self):
         self.process = subprocess.Popen(
             self.command,
-            env={**os.environ, "RAY_TMPDIR": self.folder, "RAY_ADDRESS": "nowhere:1"},
+            env={
+                **os.environ,
+                "RAY_TMPDIR": self.folder,
+                "RAY_ADDRESS": "nowhere:1",
+                **self.home,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -238,6 +251,64 @@ class OnRay:
             os.kill(number, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
         assert not left
+
+
+class Head(OnRay):
+    """What the hint starts; ``--block`` keeps it where it can be ended without `ray stop`."""
+
+    def __init__(self):
+        pytest.importorskip("ray")
+        self.folder = tempfile.mkdtemp(prefix="ray-")
+        # A user who has run Ray before has a token, and a Ray that wants it.
+        self.home = {"HOME": self.folder}
+        (Path(self.folder) / ".ray").mkdir()
+        (Path(self.folder) / ".ray" / "auth_token").write_text(TOKEN)
+        start = "from ray.scripts.scripts import main; main()"
+        self.command = [sys.executable, "-P", "-c", start, "start", "--head", "--block"]
+        self.command += ["--port", "0", "--num-cpus", "2", "--include-dashboard", "false"]
+        self.command += ["--object-store-memory", "100000000"]
+
+    def __exit__(self, *_):
+        for number in self.left():  # nothing else ends all that it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        super().__exit__()
+
+    def address(self):
+        """As it says it."""
+        for line in self.process.stdout:
+            if said := re.search(r"--address='([^']+)'", line):
+                return said[1]
+        pytest.fail(f"it says no address: {self.process.stderr.read()[-2000:]}")
+
+
+@pytest.mark.slow
+@pytest.mark.follows("'ray start --head' says the address", "give --ray auto on its own machine; ")
+def test_a_ray_that_runs_is_found_at_the_address_it_says(scans, here, tmp_path):
+    with Head() as head:
+
+        def batch(address, name, **more):
+            command = [sys.executable, "-P", "-m", "ulae_rt.batch"]
+            command += arguments(scans, tmp_path / name, "--workers", "1", "--ray", address)
+            environment = {**os.environ, "RAY_TMPDIR": head.folder, **head.home, **more}
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=180
+            )
+            return done.returncode, done.stderr
+
+        status, said = batch("head", "none")
+        assert (status, "hint: 'ray start --head' says the address" in said) == (2, True)
+        address = head.address()
+        status, said = batch(address, "refused")
+        assert status == 1
+        assert "hint: give --ray auto on its own machine; elsewhere set RAY_AUTH_MODE=token" in said
+        _, said = batch("auto", "auto")
+        assert "error: 1 of 8 pairs failed: bad" in said
+        elsewhere = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        _, said = batch(address, "token", **elsewhere)
+        assert "error: 1 of 8 pairs failed: bad" in said
+    assert_same(tmp_path / "auto", here)
+    assert_same(tmp_path / "token", here)
 
 
 def wait_for(found, run, seconds=120):
@@ -310,3 +381,136 @@ def test_a_run_that_is_stopped_leaves_nothing_and_goes_on(scans, here, tmp_path)
     assert len(finished) < 7
     assert run_command("batch", arguments(scans, out, "--resume")) == 1
     assert_same(out, here)
+
+
+class PretendedRay:
+    """A cluster whose workers are this process, as far as `Cluster` asks.
+
+    Args:
+        machines: resources of each, as ``ray.nodes()`` says them.
+        dies_after: blocks, after which it gives up; None: never.
+    """
+
+    def __init__(self, machines, dies_after=None):
+        self.machines, self.dies_after = machines, dies_after
+        self.addresses, self.shares = [], []
+        self.data = self.exceptions = self
+        self.RayError = type("RayError", (Exception,), {})
+        self.DataContext = SimpleNamespace(get_current=SimpleNamespace)
+
+    def init(self, address, **_):
+        if not self.machines:
+            raise ConnectionError("no Ray here")
+        self.addresses.append(address)
+
+    def nodes(self):
+        return [{"Resources": each, "Alive": True} for each in self.machines]
+
+    def shutdown(self):
+        pass
+
+    def remote(self, **_):
+        return lambda function: SimpleNamespace(
+            options=lambda **_: SimpleNamespace(remote=lambda *arguments: function(*arguments))
+        )
+
+    def get(self, answer):
+        return answer
+
+    def ActorPoolStrategy(self, **_):
+        pass
+
+    def from_items(self, items, **_):
+        self.items = items
+        return self
+
+    def map_batches(self, worker, fn_constructor_args, num_gpus, num_cpus, **_):
+        self.shares.append((num_cpus, num_gpus))
+        self.worker = worker(*fn_constructor_args)
+        return self
+
+    def iter_batches(self, **_):
+        for number, item in enumerate(self.items):
+            if number == self.dies_after:
+                raise self.RayError("a machine is gone")
+            yield self.worker({"pairs": [item["pairs"]]})
+
+
+@pytest.fixture
+def on_ray(scans, tmp_path, monkeypatch, capsys):
+    """`ulae-rt batch` of two pairs on a pretended Ray: its status, and what it says."""
+    pairs = tmp_path / "pairs.csv"
+    lines = [f"p{n},{scans / 'LIA.nii.gz'},{scans / 'RAS.nii.gz'}" for n in range(2)]
+    pairs.write_text("\n".join(["id,moving,fixed", *lines]))
+    monkeypatch.setattr(NetworkOptions, "open", lambda _: Registrar(FakeNetwork(), affine="none"))
+
+    def run(ray, *more):
+        monkeypatch.setattr(cluster, "require", lambda *_: ray)
+        flags = ["-o", str(tmp_path / "out"), "--outputs", "moved", "--pictures", "0"]
+        status = run_command("batch", [str(pairs), *flags, *more])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def assert_all_done(folder):
+    assert [row.status for row in read_results(folder)] == ["done"] * 2
+
+
+@pytest.mark.follows("give fewer --workers, or start Ray with more --num-cpus")
+def test_room_is_made_with_fewer_workers_or_more_processors(on_ray, tmp_path):
+    status, said = on_ray(PretendedRay([SMALL]), "--ray", "auto", "--workers", "7")
+    assert status == 1
+    assert "hint: give fewer --workers, or start Ray with more --num-cpus" in said
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert on_ray(PretendedRay([SMALL]), "--ray", "auto", "--workers", "3")[0] == 0
+    assert_all_done(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert on_ray(PretendedRay([BIG]), "--ray", "auto", "--workers", "7")[0] == 0
+    assert_all_done(tmp_path / "out")
+
+
+@pytest.mark.follows("or give --ray without an address")
+def test_without_an_address_a_ray_of_its_own_is_started(on_ray, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        status, said = on_ray(PretendedRay([SMALL]), "--ray", address)
+    assert status == 1
+    assert "hint: start it with 'ray start --head', or give --ray without an address" in said
+    ray = PretendedRay([SMALL])
+    assert on_ray(ray, "--ray")[0] == 0
+    assert ray.addresses == ["local"]
+    assert_all_done(tmp_path / "out")
+
+
+@pytest.mark.follows(
+    "Ray's logs may say why; or start one with 'ray start --head' and give --ray auto"
+)
+def test_where_no_ray_can_be_started_one_that_runs_is_taken(on_ray, tmp_path):
+    status, said = on_ray(PretendedRay([]), "--ray")
+    assert status == 1
+    assert "hint: Ray's logs may say why; or start one with 'ray start --head' and give" in said
+    assert on_ray(PretendedRay([SMALL]), "--ray", "auto")[0] == 0
+    assert_all_done(tmp_path / "out")
+
+
+@pytest.mark.follows("Ray's logs may say why; go on with --resume")
+def test_a_ray_that_gave_up_is_gone_on_with(on_ray, tmp_path):
+    status, said = on_ray(PretendedRay([SMALL], dies_after=1), "--ray")
+    assert status == 1
+    assert "error: Ray gave up: a machine is gone" in said
+    assert "hint: Ray's logs may say why; go on with --resume" in said
+    assert len(read_results(tmp_path / "out")) == 1
+    assert on_ray(PretendedRay([SMALL]), "--ray", "--resume")[0] == 0
+    assert_all_done(tmp_path / "out")
+
+
+@pytest.mark.follows("give --device cuda")
+def test_which_gpu_a_worker_has_is_left_to_ray(on_ray, tmp_path):
+    ray = PretendedRay([GPUS])
+    status, said = on_ray(ray, "--ray", "--device", "cuda:1")
+    assert (status, "hint: give --device cuda\n" in said) == (2, True)
+    assert on_ray(ray, "--ray", "--device", "cuda")[0] == 0
+    assert ray.shares == [(8, 1)]
+    assert_all_done(tmp_path / "out")

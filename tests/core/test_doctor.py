@@ -1,20 +1,27 @@
 """``ulae-rt doctor`` never fails, whatever is missing or broken, and says why."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from _support.brains import GEOMETRIES, save_brain
 from _support.engines import measured, pretend_machine, write_engine
+from _support.nets import small_weights
+from _support.project import pyproject
+from _support.tolerances import TOL, assert_close
 from ulae_rt import doctor
 from ulae_rt.cli import run_command
 from ulae_rt.engines import machine
 from ulae_rt.engines.machine import Gpu
+from ulae_rt.kernels import _launch, warp
 from ulae_rt.manifest import TOLERANCES
 
 SHADOWED = ("onnx", "onnxruntime", "safetensors", "tensorrt", "tensorrt_rtx", "torch", "triton")
@@ -300,3 +307,134 @@ def test_engine_of_a_looser_tolerance_is_marked(
     write_engine(tmp_path, tolerance=replace(TOLERANCES["fp32"], disp_mean=1.0))
     assert run_command("doctor", ["--engine", str(tmp_path)]) == 0
     assert "verified with a looser tolerance: disp_mean 1 (0.0002)" in capsys.readouterr().out
+
+
+@pytest.mark.follows("name a file with --weights")
+def test_without_default_weights_a_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ulae_rt.model import checkpoint
+
+    monkeypatch.setattr(doctor.ulae_rt, "__file__", str(tmp_path / "ulae_rt" / "__init__.py"))
+    monkeypatch.setattr(checkpoint, "DEFAULT_WEIGHTS", tmp_path / "none.safetensors")
+    assert doctor._weights().hint == "name a file with --weights"
+    scan = str(save_brain(tmp_path / "s.nii.gz", *GEOMETRIES["RAS"]))
+    line = ["-m", scan, "-f", scan, "-o", str(tmp_path / "o.nii.gz"), "--affine", "none"]
+    assert run_command("register", line) == 1
+    weights = small_weights(tmp_path / "w.safetensors")
+    assert run_command("register", [*line, "--weights", str(weights), "--device", "cpu"]) == 0
+
+
+@pytest.mark.follows("TRITON_INTERPRET=1 runs them on the CPU, only for tests")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton was loaded for a GPU")
+def test_kernels_run_on_the_cpu_when_they_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    row = triton_row(monkeypatch, cuda=NO_GPU)
+    assert row.hint == "TRITON_INTERPRET=1 runs them on the CPU, only for tests"
+    monkeypatch.delenv("ULAE_RT_KERNELS", raising=False)
+    image, disp = torch.rand(1, 1, 3, 4, 5), torch.full((1, 3, 3, 4, 5), 0.25)
+    assert not _launch.uses_triton(image)
+    expected = warp(image, disp)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _launch.uses_triton(image)
+    assert_close("warped", warp(image, disp), expected, TOL["op float32"])
+
+
+@pytest.mark.follows("unset TRITON_INTERPRET")
+def test_kernels_are_usable_once_they_are_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert triton_row(monkeypatch, interprets=True).hint == "unset TRITON_INTERPRET"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert doctor._triton(MODULE, A_GPU).ok
+
+
+@pytest.mark.follows("install gcc, or set ULAE_RT_KERNELS=reference")
+def test_without_a_compiler_there_is_one_to_install_or_the_references(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = triton_row(monkeypatch, compiler=None)
+    assert row.hint == "install gcc, or set ULAE_RT_KERNELS=reference"
+    monkeypatch.setattr(doctor.shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
+    assert doctor._triton(MODULE, A_GPU).ok
+    monkeypatch.setattr(_launch, "TRITON_INSTALLED", True)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setenv("ULAE_RT_KERNELS", "auto")
+    assert _launch.uses_triton(on_gpu)
+    monkeypatch.setenv("ULAE_RT_KERNELS", "reference")
+    assert not _launch.uses_triton(on_gpu)
+
+
+def cuda_row_of_onnxruntime(
+    monkeypatch: pytest.MonkeyPatch, version: str, providers: list[str], installed: set[str]
+) -> doctor.Check:
+    library = ModuleType("onnxruntime")
+    library.__version__ = version  # type: ignore[attr-defined]
+    library.get_available_providers = lambda: providers  # type: ignore[attr-defined]
+    monkeypatch.setattr(doctor, "_load", lambda module: library)
+    monkeypatch.setattr(doctor, "_installed", installed.__contains__)
+    *_, row = doctor._onnxruntime()
+    return row
+
+
+@pytest.mark.follows(
+    "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu",
+    "where there is a GPU: pip uninstall onnxruntime onnxruntime-gpu, then pip install",
+    "pip install 'onnxruntime-gpu>=1.25'",
+)
+@pytest.mark.parametrize(
+    ("version", "providers", "installed"),
+    [
+        ("1.25.0", ["CUDAExecutionProvider"], {"onnxruntime", "onnxruntime-gpu"}),
+        ("1.25.0", ["CPUExecutionProvider"], {"onnxruntime"}),
+        ("1.24.0", ["CUDAExecutionProvider"], {"onnxruntime-gpu"}),
+    ],
+    ids=["both", "the CPU's", "old"],
+)
+def test_what_pip_leaves_is_an_onnxruntime_with_cuda(
+    monkeypatch: pytest.MonkeyPatch, version: str, providers: list[str], installed: set[str]
+) -> None:
+    row = cuda_row_of_onnxruntime(monkeypatch, version, providers, installed)
+    assert not row.ok
+    left = {*installed}
+    for verb, names in re.findall(r"pip (install|uninstall) ([^,]+)", row.hint):
+        packages = {re.match(r"[\w-]+", name.strip("'"))[0] for name in names.split()}
+        left = left | packages if verb == "install" else left - packages
+    assert left == {"onnxruntime-gpu"}
+    assert cuda_row_of_onnxruntime(monkeypatch, "1.25.0", ["CUDAExecutionProvider"], left).ok
+
+
+@pytest.mark.follows("pip install onnxruntime")
+def test_onnxruntime_is_what_every_installation_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        (row,) = doctor._onnxruntime()
+        assert row.hint == "pip install onnxruntime"
+    assert any(each.startswith("onnxruntime>") for each in pyproject()["project"]["dependencies"])
+    assert next(doctor._onnxruntime()).ok
+
+
+@pytest.mark.follows("install a CUDA build of torch, then pip install 'ulae-rt[gpu]'")
+def test_torch_with_cuda_is_a_row_that_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = doctor._cuda("torch is not installed")
+    assert row.hint == "install a CUDA build of torch, then pip install 'ulae-rt[gpu]'"
+    library: Any = ModuleType("torch")
+    library.__version__, library.version = "2.13.0", SimpleNamespace(cuda="13.0")
+    library.cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
+    assert (cuda := doctor._cuda(library)).ok
+    assert triton_row(monkeypatch, torch=library, cuda=cuda).ok
+
+
+@pytest.mark.follows("export on that machine, or here with --format tensorrt-rtx --target sm89")
+def test_without_a_gpu_the_other_tensorrt_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "_load", lambda module: MODULE)
+        patch.setattr(machine, "gpus", lambda: ())
+        _, row = doctor._tensorrt("tensorrt")
+    assert row.hint.startswith("export on that machine, or here with --format tensorrt-rtx ")
+    flags = row.hint.partition("here with ")[2].split()
+    weights = small_weights(tmp_path / "w.safetensors")
+    line = ["--weights", str(weights), "--out", str(tmp_path / "engine"), "--dry-run"]
+    assert run_command("export", [*line, *flags]) == 0
+    assert "sm89" in capsys.readouterr().out

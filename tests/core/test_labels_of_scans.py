@@ -1,6 +1,7 @@
 """Every command that carries labels refuses or doubts a map that is not its scan's."""
 
 import json
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import nibabel as nib
@@ -152,3 +153,21 @@ def test_evaluate_refuses_and_tells(pair, labels, tmp_path, capsys):
     told = [message for message in said["warnings"] if "may not belong" in message]
     assert len(told) == 1
     assert "by_12_" in told[0]
+
+
+@pytest.mark.follows("compare the two headers, e.g. with nib-diff: a label map has the affine of")
+@pytest.mark.parametrize("mm", [400, 12], ids=["refused", "told"])
+def test_the_headers_show_where_a_map_lies(pair, labels, tmp_path, network, capsys, mm):
+    away = moved(labels, mm)
+    register(pair, away, tmp_path)
+    assert "compare the two headers, e.g. with nib-diff" in capsys.readouterr().err
+    (program,) = entry_points(group="console_scripts", name="nib-diff")
+    with pytest.raises(SystemExit):
+        program.load()([str(pair[0]), str(away)])
+    shown = capsys.readouterr().out
+    assert any(line.startswith("srow_x") for line in shown.splitlines())
+    # ... the affine of its scan:
+    image = nib.load(away)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), nib.load(pair[0]).affine), away)
+    assert register(pair, away, tmp_path, "--overwrite") == 0
+    assert "nib-diff" not in capsys.readouterr().err

@@ -265,15 +265,18 @@ def test_an_existing_output_is_replaced_only_when_asked(pair, tmp_path, network)
     assert (tmp_path / "moved.nii.gz").read_bytes() == written
 
 
+@pytest.mark.follows("use --affine affine or --affine com, and check the two headers")
 def test_brains_that_do_not_meet_are_refused(tmp_path, network, capsys):
     moving = save_brain(tmp_path / "m.nii.gz", *GEOMETRIES["far"])
     fixed = save_brain(tmp_path / "f.nii.gz", *GEOMETRIES["RAS"])
     assert register((moving, fixed), tmp_path) == 1
     said = capsys.readouterr().err
     assert "error: 100 % of the brain of" in said
-    assert "hint: use --affine affine" in said
+    assert "hint: use --affine affine or --affine com" in said
     with pytest.raises(GeometryError):
         Registrar(network, affine="none")(moving, fixed)
+    assert register((moving, fixed), tmp_path, affine="com") == 0
+    assert register((moving, fixed), tmp_path, "--overwrite", affine="affine") == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), CheckpointError("bad weights", "no")])
@@ -334,7 +337,9 @@ def test_choices_that_make_no_sense(tmp_path):
         load_network("w.safetensors", backend="onnxruntime")
     with pytest.raises(UsageError, match="affine is 'rigid'"):
         Registrar(FakeNetwork(), affine="rigid")
-    with pytest.raises(UsageError, match="refine is -1, expected a whole number"):
+    with pytest.raises(
+        UsageError, match="refine is -1, expected a whole number of iterations from 0"
+    ):
         Registrar(FakeNetwork(), refine=-1)
 
 
@@ -452,3 +457,140 @@ def test_a_number_of_iterations_that_is_none_is_refused(refine, network):
 def test_what_is_no_scan_is_refused(scan, pair, network):
     with pytest.raises(UsageError, match="expected a scan"):
         Registrar(network)(scan, pair[1])
+
+
+@pytest.mark.follows("give --warp or --inverse-warp too, or leave --warp-format out")
+@pytest.mark.parametrize("remedy", ["--warp", "--inverse-warp", None])
+def test_a_format_of_no_warp_gets_a_warp_or_is_left_out(pair, tmp_path, network, capsys, remedy):
+    form = ("--warp-format", "voxel")
+    assert register(pair, tmp_path, *form) == 2
+    said = capsys.readouterr().err
+    assert "hint: give --warp or --inverse-warp too, or leave --warp-format out" in said
+    more = (*form, remedy, str(tmp_path / "w.nii.gz")) if remedy else ()
+    assert register(pair, tmp_path, *more) == 0
+    assert (tmp_path / "w.nii.gz").exists() == bool(remedy)
+
+
+@pytest.mark.follows("give both, or neither")
+def test_labels_come_with_where_they_go_or_not_at_all(pair, tmp_path, network, capsys):
+    labels = np.asarray(nib.load(pair[0]).dataobj) > 60
+    image = nib.Nifti1Image(labels.astype(np.uint8), nib.load(pair[0]).affine)
+    nib.save(image, tmp_path / "seg.nii.gz")
+    flags = ("--labels", str(tmp_path / "seg.nii.gz"))
+    assert register(pair, tmp_path, *flags) == 2
+    assert "hint: give both, or neither" in capsys.readouterr().err
+    assert register(pair, tmp_path) == 0
+    out = ("--moved-labels", str(tmp_path / "out.nii.gz"), "--overwrite")
+    assert register(pair, tmp_path, *flags, *out) == 0
+
+
+@pytest.mark.follows("rename it")
+def test_a_picture_is_a_png(pair, tmp_path, network, capsys):
+    assert register(pair, tmp_path, "--qc", str(tmp_path / "qc.jpg")) == 2
+    said = capsys.readouterr().err
+    assert "expected a .png file" in said
+    assert "hint: rename it" in said
+    assert register(pair, tmp_path, "--qc", str(tmp_path / "qc.png")) == 0
+
+
+@pytest.mark.follows("give --device cpu, or leave it out to take the GPU where there is one")
+@pytest.mark.parametrize("remedy", [("--device", "cpu"), ()])
+def test_a_device_that_is_none_is_named_or_left_out(pair, tmp_path, network, capsys, remedy):
+    assert register(pair, tmp_path, "--device", "gpu") == 2
+    assert "hint: give --device cpu, or leave it out to take the GPU" in capsys.readouterr().err
+    assert register(pair, tmp_path, *remedy) == 0
+
+
+@pytest.mark.follows("give --refine 10, or leave it out")
+@pytest.mark.parametrize("remedy", [("--refine", "10"), ()])
+def test_iterations_that_are_none_are_given_or_left_out(pair, tmp_path, network, capsys, remedy):
+    assert register(pair, tmp_path, "--refine", "-1") == 2
+    assert "hint: give --refine 10, or leave it out" in capsys.readouterr().err
+    assert register(pair, tmp_path, *remedy) == 0
+
+
+@pytest.mark.follows("use --affine com, and check that both images show one whole skull-stripped")
+def test_an_affine_that_fails_leaves_the_centres_of_mass(
+    pair, tmp_path, network, capsys, monkeypatch
+):
+    monkeypatch.setattr("ulae_rt.imaging.affine._search", lambda *_: np.diag([0.6, 0.6, 0.6, 1.0]))
+    assert register(pair, tmp_path, affine="affine") == 1
+    assert "hint: use --affine com, and check that both images show" in capsys.readouterr().err
+    assert register(pair, tmp_path, affine="com") == 0
+
+
+@pytest.mark.follows("use --precision fp32; if that is what ran, the weights are damaged")
+def test_a_network_that_overflows_runs_in_fp32(pair, tmp_path, capsys, monkeypatch):
+    nan = np.full((3, *FakeMetadata().shape), np.nan, np.float32)
+
+    def opened(*_, precision, **__):
+        return FakeNetwork(answer=nan if precision == "bf16" else None)
+
+    monkeypatch.setattr("ulae_rt.registrar.load_network", opened)
+    assert register(pair, tmp_path, "--precision", "bf16") == 1
+    said = capsys.readouterr().err
+    assert "the network returned NaN or Inf" in said
+    assert "hint: use --precision fp32; if that is what ran" in said
+    assert register(pair, tmp_path, "--precision", "fp32") == 0
+
+
+def refusal_of(**arguments):
+    with pytest.raises(UsageError) as caught:
+        Registrar(FakeNetwork(), **arguments)
+    return caught.value.hint
+
+
+@pytest.mark.follows("give refine=10, or leave it out", "give affine='affine', or leave it out")
+def test_from_python_a_choice_is_a_keyword_or_left_out():
+    assert refusal_of(refine=True) == "give refine=10, or leave it out"
+    assert Registrar(FakeNetwork(), refine=10).refine == 10
+    assert refusal_of(affine="rigid") == "give affine='affine', or leave it out"
+    assert Registrar(FakeNetwork(), affine="affine").affine == Registrar(FakeNetwork()).affine
+
+
+@pytest.mark.follows("give a path, a nibabel image, or (array, affine)")
+@pytest.mark.parametrize("form", ["path", "image", "array"])
+def test_a_scan_is_given_in_one_of_three_forms(pair, form):
+    registrar = Registrar(FakeNetwork(), affine="none")
+    with pytest.raises(UsageError) as caught:
+        registrar((1, 2, 3), pair[1])
+    assert caught.value.hint == "give a path, a nibabel image, or (array, affine)"
+    image = nib.load(pair[0])
+    forms = {"path": pair[0], "image": image, "array": (np.asarray(image.dataobj), image.affine)}
+    assert registrar(forms[form], pair[1]).moved.shape == nib.load(pair[1]).shape
+
+
+@pytest.mark.follows("give labels to the registrar")
+def test_moved_labels_come_from_labels(pair, tmp_path, network):
+    out = tmp_path / "l.nii.gz"
+    registrar = Registrar(network, affine="none")
+    with pytest.raises(UsageError, match="there are no moved labels") as caught:
+        registrar(*pair).save(moved_labels=out)
+    assert caught.value.hint == "give labels to the registrar"
+    image = nib.load(pair[0])
+    labels = ((np.asarray(image.dataobj) > 60).astype(np.uint8), image.affine)
+    registrar(*pair, labels=labels).save(moved_labels=out)
+    assert np.asarray(nib.load(out).dataobj).any()
+
+
+@pytest.mark.follows("look at the result (register --qc, or batch's summary.html)")
+def test_a_doubtful_pair_can_be_looked_at(tmp_path, network, capsys):
+    right = save_brain(tmp_path / "right.nii.gz", *GEOMETRIES["RAS"])
+    fixed = save_brain(tmp_path / "fixed.nii.gz", *GEOMETRIES["LIA"])
+    image = nib.load(right)
+    data = np.asarray(image.dataobj)
+    odd = tmp_path / "odd.nii.gz"  # no T1 brain: bright where one is dark
+    nib.save(nib.Nifti1Image(np.where(data > 0, 201 - data, 0), image.affine), odd)
+    assert register((odd, fixed), tmp_path) == 0
+    assert "look at the result (register --qc, or batch's summary.html)" in capsys.readouterr().err
+    picture = tmp_path / "qc.png"
+    assert register((odd, fixed), tmp_path, "--qc", str(picture), "--overwrite") == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "pairs.csv").write_text(f"id,moving,fixed\na,{odd},{fixed}\n")
+    line = ["batch", str(tmp_path / "pairs.csv"), "-o", str(tmp_path / "out")]
+    assert main([*line, "--affine", "none"]) == 0
+    assert "data:image" in (tmp_path / "out" / "summary.html").read_text()
+    capsys.readouterr()
+    # ... and with a T1 brain in its place there is nothing to say.
+    assert register((right, fixed), tmp_path, "--overwrite") == 0
+    assert "warning" not in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Weights in torch behind the interface of an exported engine, and the registrar on either."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -206,3 +208,45 @@ def test_register_says_which_engine_ran(tmp_path, monkeypatch, capsys):
     assert (status, asked["precision"]) == (0, "auto")
     said = capsys.readouterr().out
     assert "network     onnxruntime, cpu, fp16 (ulae-net-fp16.onnx)" in said
+
+
+@pytest.fixture(scope="module")
+def exported(weights, tmp_path_factory):
+    """What the hints say: an engine of the weights."""
+    out = tmp_path_factory.mktemp("exported") / "engine"
+    line = ["--weights", str(weights), "--out", str(out), "--format", "onnx"]
+    assert main(["export", *line, "--precision", "fp32"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
+    return save_brain(tmp_path_factory.mktemp("scan") / "s.nii.gz", *GEOMETRIES["RAS"])
+
+
+def register(scan, folder, *flags):
+    out = str(folder / "moved.nii.gz")
+    line = ["-m", str(scan), "-f", str(scan), "-o", out, "--affine", "none", "--device", "cpu"]
+    return main(["register", *line, *flags])
+
+
+@pytest.mark.slow  # an export
+@pytest.mark.follows("make one with 'ulae-rt export' and give its folder; weights go to --weights")
+def test_weights_given_as_an_engine(weights, exported, scan, tmp_path, capsys):
+    assert register(scan, tmp_path, "--engine", str(weights)) == 1
+    said = capsys.readouterr().err
+    assert "hint: make one with 'ulae-rt export' and give its folder; weights go to" in said
+    assert register(scan, tmp_path, "--engine", str(exported)) == 0
+    assert register(scan, tmp_path, "--weights", str(weights), "--overwrite") == 0
+
+
+@pytest.mark.slow  # an export
+@pytest.mark.follows("export the engine again: ulae-rt export --weights FILE")
+def test_an_engine_of_another_grid_than_it_says(exported, scan, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", lambda *_: SimpleNamespace(disp=np.zeros((1, 3, 4, 4, 4))))
+        assert register(scan, tmp_path, "--engine", str(exported)) == 1
+    said = capsys.readouterr().err
+    assert "the network returned a displacement of (3, 4, 4, 4)" in said
+    assert "hint: export the engine again: ulae-rt export --weights FILE" in said
+    assert register(scan, tmp_path, "--engine", str(exported)) == 0

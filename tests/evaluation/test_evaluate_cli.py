@@ -243,3 +243,105 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, pairs, capsys, monkeypatch)
     assert evaluate(tmp_path, network) == 1
     assert "report/table.md cannot be written: the disk is full" in capsys.readouterr().err
     assert not list((tmp_path / "report").iterdir())
+
+
+def list_of(path, pairs, *columns):
+    """A list of pairs with some of their files."""
+    names = ("moving", "fixed", *columns)
+    lines = [",".join([pair.id, *(str(pair.paths()[name]) for name in names)]) for pair in pairs]
+    path.write_text("\n".join([",".join(["id", *names]), *lines]) + "\n")
+    return str(path)
+
+
+def registered(path, out, *flags):
+    """What `batch` says of a list, by the affine that the headers are: nothing to wait for."""
+    quick = ("--method", "affine", "--affine", "none", "--pictures", "0")
+    return main(["batch", str(path), "-o", str(out), *quick, *flags])
+
+
+@pytest.mark.follows("leave --workers out for one for each processor")
+def test_workers_may_be_left_out(tmp_path, pairs, capsys):
+    network = batch(tmp_path / "network", pairs[:1])
+    assert evaluate(tmp_path, network, "--workers", "0") == 2
+    assert "hint: leave --workers out for one for each processor" in capsys.readouterr().err
+    assert main(["evaluate", network, "-o", str(tmp_path / "report")]) == 0
+
+
+@pytest.mark.follows("give for example --labels 2,4,17, or leave it out")
+def test_labels_are_numbers_with_commas_or_left_out(tmp_path, pairs, capsys):
+    network = batch(tmp_path / "network", pairs[:1])
+    assert evaluate(tmp_path, network, "--labels", "2 4") == 2
+    assert "hint: give for example --labels 2,4,17, or leave it out" in capsys.readouterr().err
+    assert evaluate(tmp_path, network, "--labels", "2,4,17") == 0
+    with open(tmp_path / "report" / "labels.csv", encoding="utf-8") as file:
+        assert {each["label"] for each in csv.DictReader(file)} == {"2", "4", "17"}
+    assert evaluate(tmp_path, network, "--overwrite") == 0
+
+
+@pytest.mark.follows("give it alone, or folders that 'ulae-rt batch' wrote")
+def test_a_list_is_given_alone_or_as_the_folder_of_its_batch(tmp_path, pairs, capsys):
+    listed = list_of(tmp_path / "pairs.csv", pairs, "moving_labels", "fixed_labels")
+    network = batch(tmp_path / "network", pairs)
+    assert evaluate(tmp_path, listed, network) == 2
+    assert "hint: give it alone, or folders that 'ulae-rt batch' wrote" in capsys.readouterr().err
+    assert evaluate(tmp_path, listed) == 0
+    assert registered(listed, tmp_path / "affine") == 0
+    assert evaluate(tmp_path, str(tmp_path / "affine"), network, "--overwrite") == 0
+    assert {"affine", "network"} <= {method for method, _ in cases(tmp_path)}
+
+
+@pytest.mark.follows("mend the pairs and run 'ulae-rt batch' with --resume")
+def test_pairs_that_all_failed_are_mended_and_registered(tmp_path, pairs, capsys):
+    listed = list_of(tmp_path / "pairs.csv", pairs[:1], "moving_labels", "fixed_labels")
+    scan, out = pairs[0].moving, tmp_path / "affine"
+    away = scan.rename(tmp_path / "away.nii.gz")
+    assert registered(listed, out) == 1
+    capsys.readouterr()
+    assert evaluate(tmp_path, str(out)) == 1
+    said = capsys.readouterr().err
+    assert "hint: results.jsonl says why; mend the pairs and run 'ulae-rt batch' with" in said
+    assert f"{scan} does not exist" in (out / "results.jsonl").read_text()
+    away.rename(scan)
+    assert registered(listed, out, "--resume") == 0
+    assert evaluate(tmp_path, str(out)) == 0
+
+
+@pytest.mark.follows("run 'ulae-rt batch' into another folder, with warp among its --outputs")
+def test_a_batch_without_warps_is_run_again_with_them(tmp_path, pairs, capsys):
+    listed = list_of(tmp_path / "pairs.csv", pairs[:1], "moving_labels", "fixed_labels")
+    assert registered(listed, tmp_path / "first", "--outputs", "moved") == 0
+    assert evaluate(tmp_path, str(tmp_path / "first")) == 1
+    said = capsys.readouterr().err
+    assert "hint: run 'ulae-rt batch' into another folder, with warp among its --outputs" in said
+    assert registered(listed, tmp_path / "second", "--outputs", "moved", "warp") == 0
+    assert evaluate(tmp_path, str(tmp_path / "second"), "--overwrite") == 0
+
+
+@pytest.mark.follows("add the columns moving_labels and fixed_labels (or moving_landmarks and")
+@pytest.mark.parametrize("kind", ["labels", "landmarks"])
+def test_a_list_without_anything_to_measure_gets_columns(tmp_path, pairs, capsys, kind):
+    listed = list_of(tmp_path / "pairs.csv", pairs[:1])
+    assert evaluate(tmp_path, listed) == 1
+    assert f"moving_{kind} and fixed_{kind}" in capsys.readouterr().err
+    pair, columns = pairs[0], (f"moving_{kind}", f"fixed_{kind}")
+    if kind == "landmarks":
+        places = {name: tmp_path / f"{name}.csv" for name in columns}
+        for path in places.values():
+            path.write_text("id,x,y,z\na,1,2,3\nb,-1,0,2\n")
+        pair = replace(pair, **places)
+    list_of(tmp_path / "pairs.csv", [pair], *columns)
+    assert registered(listed, tmp_path / "affine") == 0
+    assert evaluate(tmp_path, str(tmp_path / "affine")) == 0
+    assert ("affine", "a") in cases(tmp_path)
+
+
+@pytest.mark.follows("write NAME={}", ", with letters, digits and _ . - + @ in NAME")
+@pytest.mark.parametrize("folder", ["other/network", "a b"])
+def test_a_method_whose_folder_cannot_name_it_gets_a_name(tmp_path, pairs, capsys, folder):
+    (tmp_path / "other").mkdir()
+    first = batch(tmp_path / "network", pairs[:1])
+    second = batch(tmp_path / folder, pairs[:1])
+    assert evaluate(tmp_path, first, second) == 2
+    assert f"hint: write NAME={second}" in capsys.readouterr().err
+    assert evaluate(tmp_path, first, f"Another_one-2.0+@={second}") == 0
+    assert ("Another_one-2.0+@", "a") in cases(tmp_path)

@@ -113,6 +113,7 @@ def test_scans_are_brought_to_the_template_and_back(samples, tmp_path, capsys):
     assert (brain & regions).sum() > 0.9 * (brain | regions).sum()
 
 
+@pytest.mark.follows("give --overwrite to replace them")
 def test_a_second_run_needs_overwrite(tmp_path, capsys):
     template = save_brain(tmp_path / "t.nii.gz", *GEOMETRIES["LAS"])
     command = ["prepare", str(template), "-o", str(tmp_path / "o"), "--template", str(template)]
@@ -120,7 +121,9 @@ def test_a_second_run_needs_overwrite(tmp_path, capsys):
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["scans"]["t"]["cut_off_percent"] == 0
     assert main(command) == 1
-    assert "holds prepared scans already" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "holds prepared scans already" in said
+    assert "hint: give --overwrite to replace them" in said
     assert main([*command, "--overwrite"]) == 0
 
 
@@ -140,6 +143,46 @@ def test_nonsense_is_usage(tmp_path, capsys, flags, message):
         status = stop.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.follows("give --workers 1", "use --shape 160 192 160")
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--workers", "0"], "give --workers 1"),
+        (["--shape", "60", "80", "64"], "use --shape 160 192 160"),
+    ],
+)
+def test_nonsense_is_replaced_by_what_the_hint_gives(tmp_path, capsys, flags, hint):
+    scan = str(save_brain(tmp_path / "a.nii.gz", *GEOMETRIES["RAS"]))
+    command = ["prepare", scan, "-o", str(tmp_path / "o"), "--template", scan, "--affine", "none"]
+    assert main([*command, *flags]) == 2
+    assert f"hint: {hint}\n" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    assert main([*command, *hint.split()[1:]]) == 0
+
+
+@pytest.mark.follows("the reasons are above and in {}; the others are prepared", "renumber them")
+def test_the_reason_and_what_to_do_are_where_the_hint_says(tmp_path, capsys):
+    shape, affine = GEOMETRIES["RAS"]
+    for name in "ab":
+        save_brain(tmp_path / f"{name}.nii.gz", shape, affine)
+    values = np.asarray(nib.load(tmp_path / "a.nii.gz").dataobj) > 60
+    labels = nib.Nifti1Image(values * np.int32(70000), affine)
+    nib.save(labels, tmp_path / "a_labels.nii.gz")
+    out, template = tmp_path / "o", tmp_path / "b.nii.gz"
+    command = ["prepare", str(tmp_path), "-o", str(out), "--template", str(template), *SHAPE]
+    assert main([*command, "--affine", "none"]) == 1
+    said = capsys.readouterr().err
+    manifest = out / "prepared.json"
+    assert f"hint: the reasons are above and in {manifest}; the others are prepared" in said
+    reason = json.loads(manifest.read_text())["failed"]["a"]
+    assert f"a left out: {reason}" in said
+    assert reason.endswith("(renumber them)")
+    assert (out / "b.nii.gz").exists()
+    nib.save(nib.Nifti1Image(values.astype(np.int32), affine), tmp_path / "a_labels.nii.gz")
+    assert main([*command, "--affine", "none", "--overwrite"]) == 0
+    assert (out / "a_labels.nii.gz").exists()
 
 
 def test_labels_beyond_16_bits_fail_that_scan_alone(tmp_path, capsys):

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from _support.project import modules
+from ulae_rt.errors import BackendUnavailable
 from ulae_rt.kernels import _launch, resources
 from ulae_rt.kernels.resources import ARCHITECTURES, Resources
 
@@ -184,6 +186,8 @@ def test_only_forward_kernels_may_not_spill() -> None:
     assert resources.problems([row()]) == []
 
 
+@pytest.mark.follows("unset TRITON_INTERPRET")
+@needs_triton
 def test_the_interpreter_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +195,34 @@ def test_the_interpreter_is_refused(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resources.main([]) == 1
     out, err = capsys.readouterr()
-    assert (out, err.splitlines()[1]) == ("", "hint: unset it")
+    assert (out, err.splitlines()[1]) == ("", "hint: unset TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    resources.check_tools()
+
+
+@pytest.mark.follows(
+    "name the ones of a CUDA toolkit in TRITON_CUOBJDUMP_PATH and TRITON_NVDISASM_PATH"
+)
+@needs_triton
+def test_programs_of_a_toolkit_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("cuobjdump", "nvdisasm"):
+        monkeypatch.delenv(f"TRITON_{name.upper()}_PATH", raising=False)
+        monkeypatch.setattr(
+            type(knobs.nvidia).__dict__[name], "default_path", str(tmp_path / "gone" / name)
+        )
+    with pytest.raises(BackendUnavailable, match="their machine code cannot be read") as caught:
+        resources.check_tools()
+    variables = re.findall(r"[A-Z]+_[A-Z_]+", caught.value.hint)
+    assert len(variables) == 2
+    for variable in variables:
+        program = tmp_path / variable
+        program.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.1'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv(variable, str(program))
+    resources.check_tools()
 
 
 def test_missing_triton_is_said(

@@ -452,3 +452,52 @@ def test_kernels_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendUnavailable, match=r"the Triton kernels cannot run: "):
         warp(image, disp)
+
+
+@pytest.mark.follows("convert it: {}.float()")
+@pytest.mark.parametrize("name", ["image", "disp"])
+def test_a_type_that_does_not_fit_is_converted(name: str) -> None:
+    given = {"image": noise(1, 1, 4, 4, 4), "disp": torch.ones(1, 3, 4, 4, 4)}
+    with pytest.raises(DtypeError) as caught:
+        warp(**{**given, name: given[name].int()})
+    assert caught.value.hint == f"convert it: {name}.float()"
+    out = warp(**{**given, name: given[name].int().float()})
+    assert out.shape == given["image"].shape
+
+
+@pytest.mark.follows("add the batch and channel axes")
+def test_axes_are_added() -> None:
+    image, disp = noise(4, 4, 4), torch.ones(1, 3, 4, 4, 4)
+    with pytest.raises(ShapeError) as caught:
+        warp(image, disp)
+    assert caught.value.hint == "add the batch and channel axes"
+    assert warp(image[None, None], disp).shape == (1, 1, 4, 4, 4)
+
+
+@pytest.mark.follows("unset ULAE_RT_KERNELS to let the device decide")
+def test_an_implementation_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, disp = noise(1, 1, 4, 4, 4), torch.ones(1, 3, 4, 4, 4)
+    monkeypatch.setenv("ULAE_RT_KERNELS", "cuda")
+    with pytest.raises(UsageError) as caught:
+        warp(image, disp)
+    assert caught.value.hint == "unset ULAE_RT_KERNELS to let the device decide"
+    monkeypatch.delenv("ULAE_RT_KERNELS")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert warp(image, disp).shape == image.shape
+
+
+@pytest.mark.follows("move it to a GPU, or set TRITON_INTERPRET=1 to run them, slowly, on the CPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton was loaded for a GPU")
+def test_kernels_that_were_asked_for_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    image, disp = noise(1, 1, 3, 4, 5), torch.full((1, 3, 3, 4, 5), 0.25)
+    expected = warp(image, disp)
+    monkeypatch.setenv("ULAE_RT_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailable) as caught:
+        warp(image, disp)
+    assert caught.value.hint == (
+        "move it to a GPU, or set TRITON_INTERPRET=1 to run them, slowly, on the CPU"
+    )
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert_close("warped", warp(image, disp), expected, TOL["op float32"])

@@ -1,5 +1,6 @@
 """One optimiser step: micro-batches, checkpointing, memory, compilation, CUDA graphs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from _support.tolerances import TOL, assert_close, assert_equal
+from ulae_rt import cli
 from ulae_rt.errors import BackendUnavailable, ConfigError, TrainingError
 from ulae_rt.losses import Loss, registration_loss
 from ulae_rt.model import UlaeNet
+from ulae_rt.training import processes
 from ulae_rt.training.config import (
     DataConfig,
     LossConfig,
@@ -51,8 +54,8 @@ def configuration(batch: int = 1, loss: LossConfig = LOSS, **run: Any) -> TrainC
 
 
 def new_step(config: TrainConfig, channels: int = 2) -> Step:
-    processes = Processes(config.run.device)
-    return Step(network(channels=channels).to(processes.device), config, processes)
+    alone = Processes(config.run.device)
+    return Step(network(channels=channels).to(alone.device), config, alone)
 
 
 def batches(
@@ -234,7 +237,7 @@ def test_when_memory_runs_out_for_good_it_says_what_to_do(
     tried = "off" if setting == "off" else "on"
     with pytest.raises(TrainingError, match=f"1 pair.* checkpointing {tried}$") as caught:
         step(0, batches(1, 1), RATE)
-    assert "lower run.micro_batch" in caught.value.hint
+    assert "lower run.micro_batch where it is above 1" in caught.value.hint
 
 
 @compiles
@@ -342,3 +345,155 @@ def test_a_step_that_is_not_finite_is_refused_by_a_graph_too() -> None:
     assert [outcome.losses() for outcome in outcomes] == [None, None]
     for before, after in zip(weights, step.model.parameters(), strict=True):
         assert_equal("weights", after.detach(), before)
+
+
+@pytest.mark.follows("change run.micro_batch or the number of processes")
+def test_a_batch_is_shared_out_by_another_micro_batch_or_number_of_processes() -> None:
+    with pytest.raises(ConfigError) as caught:
+        new_step(configuration(3, micro_batch=2))
+    assert caught.value.hint == "change run.micro_batch or the number of processes"
+    assert new_step(configuration(3, micro_batch=3))(0, batches(1, 3), RATE).losses() is not None
+    several = Processes("cpu")
+    several.size = 2
+    with pytest.raises(ConfigError, match=r"multiple of 2: 2 process\(es\) with run\.micro_batch"):
+        Step(network(), configuration(3), several)
+    several.size = 3
+    assert Step(network(), configuration(3), several).share == 1 / 3
+
+
+@pytest.mark.follows("set run.cuda_graph = false")
+def test_without_a_graph_the_cpu_trains() -> None:
+    with pytest.raises(ConfigError) as caught:
+        new_step(configuration(cuda_graph=True))
+    assert caught.value.hint == "set run.cuda_graph = false"
+    step = new_step(configuration(cuda_graph=False))
+    assert step(0, batches(1, 1), RATE).losses() is not None
+
+
+SMALL_RUN = """
+[data]
+train = "set on the command line"
+pool = 4
+[output]
+folder = "set on the command line"
+[model]
+channels = 2
+[loss]
+windows = [5]
+[optimiser]
+steps = 1
+batch = 2
+[run]
+device = "cpu"
+"""
+
+
+def memory_for(
+    monkeypatch: pytest.MonkeyPatch, enough: Callable[[UlaeNet, torch.Tensor], bool]
+) -> None:
+    """A machine whose memory suffices for what ``enough`` says of a network and its images."""
+    original = UlaeNet.predict
+
+    def predict(self: UlaeNet, *images: torch.Tensor) -> Any:
+        if not enough(self, images[0]):
+            raise torch.OutOfMemoryError("pretended")
+        return original(self, *images)
+
+    monkeypatch.setattr(UlaeNet, "predict", predict)
+
+
+@pytest.mark.follows(
+    "lower run.micro_batch where it is above 1, or set run.activation_checkpointing = 'on', "
+    "optimiser.precision = 'bf16' or data.pool = 2"
+)
+@pytest.mark.parametrize(
+    ("settings", "remedy", "enough"),
+    [
+        (["run.micro_batch=2"], "run.micro_batch=1", lambda model, images: len(images) == 1),
+        (
+            ["run.activation_checkpointing='off'"],
+            "run.activation_checkpointing='on'",
+            lambda model, images: model.checkpointing,
+        ),
+        (
+            [],
+            "optimiser.precision='bf16'",
+            lambda model, images: model.feature_dtype == torch.bfloat16,
+        ),
+        (["data.pool=1"], "data.pool=2", lambda model, images: images.shape[-1] <= 80),
+    ],
+    ids=["micro-batch", "checkpointing", "precision", "pool"],
+)
+def test_each_of_these_takes_less_memory(
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    remedy: str,
+    enough: Callable[[UlaeNet, torch.Tensor], bool],
+) -> None:
+    memory_for(monkeypatch, enough)
+    config = tmp_path / "c.toml"
+    config.write_text(SMALL_RUN)
+    line = ["train", str(config), "--set", f"data.train={scans}"]
+    line += ["--set", f"output.folder={tmp_path / 'run'}"]
+    for setting in settings:
+        line += ["--set", setting]
+    assert cli.main(line) == 1
+    said = capsys.readouterr().err
+    assert "cpu has too little memory for" in said
+    assert "hint: lower run.micro_batch where it is above 1, or set run.activation" in said
+    assert cli.main([*line, "--set", remedy]) == 0
+    assert (tmp_path / "run" / "last.safetensors").exists()
+
+
+@compiles
+@pytest.mark.follows("set run.compile = false, or install what it needs")
+def test_without_compiling_it_trains() -> None:
+    step = new_step(configuration(compile=True))
+
+    def failing(*images: torch.Tensor) -> Any:
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no compiler"), None)
+
+    step._network = failing
+    with pytest.raises(BackendUnavailable) as caught:
+        step(0, batches(1, 1), RATE)
+    assert caught.value.hint.startswith("set run.compile = false, or install what it needs: ")
+    assert new_step(configuration(compile=False))(0, batches(1, 1), RATE).losses() is not None
+
+
+@pytest.mark.follows("set run.device to 'cpu', start fewer processes, or see `ulae-rt doctor`")
+def test_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BackendUnavailable) as caught:
+        processes._device("cuda", local_rank=1)  # as the second of two
+    assert caught.value.hint == (
+        "set run.device to 'cpu', start fewer processes, or see `ulae-rt doctor`"
+    )
+    assert processes._device("cpu", local_rank=1) == torch.device("cpu")
+    assert processes._device("cuda", local_rank=0) == torch.device("cuda", 0)  # the only one
+    monkeypatch.undo()
+    assert cli.main(["doctor"]) == 0
+    assert "--device cuda" in capsys.readouterr().out
+
+
+@pytest.mark.follows("set run.device to 'cuda': each takes the GPU of its local rank")
+def test_processes_that_torchrun_started_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for name, answer in (
+        ("is_torchelastic_launched", True), ("get_node_local_rank", 1), ("get_rank", 1),
+        ("get_world_size", 2), ("init_process_group", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(processes.dist, name, lambda *_, answer=answer, **__: answer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    with pytest.raises(ConfigError) as caught:
+        Processes("cuda:0")
+    assert caught.value.hint == ("set run.device to 'cuda': each takes the GPU of its local rank")
+    assert Processes("cuda").device == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", 0), torch.device("cuda", 1)]

@@ -16,7 +16,7 @@ from ulae_rt.errors import CheckpointError, ConfigError, OutputError, TrainingEr
 from ulae_rt.files import locked_run
 from ulae_rt.losses import Loss
 from ulae_rt.manifest import sha256
-from ulae_rt.model import load_model
+from ulae_rt.model import Metadata, UlaeNet, load_model, save_checkpoint
 from ulae_rt.model.checkpoint import read_torch
 from ulae_rt.training import loop, step
 from ulae_rt.training.config import (
@@ -102,6 +102,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert metadata.spacing_mm == 4.0
     assert (metadata.training_data, metadata.licence) == ("blobs", "none")
     assert (whole / "run" / "tensorboard").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.follows("train it again, with data.pool = 1 or 2 in the configuration")
+def test_weights_of_a_grid_that_cannot_be_used_are_trained_again(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def register(weights: Path) -> int:
+        pair = ["-m", str(scans / "a.nii.gz"), "-f", str(scans / "b.nii.gz"), "--affine", "none"]
+        out = ["-o", str(tmp_path / "moved.nii.gz"), "--weights", str(weights), "--device", "cpu"]
+        return cli.main(["register", *pair, *out])
+
+    model = UlaeNet(channels=2)
+    odd = tmp_path / "odd.safetensors"
+    save_checkpoint(odd, model, Metadata(channels=2, shape=(112, 128, 112), spacing_mm=1.5))
+    assert register(odd) == 1
+    said = capsys.readouterr().err
+    assert "the network's grid has 1.5 mm" in said
+    assert "hint: train it again, with data.pool = 1 or 2 in the configuration" in said
+    config = write_config(tmp_path / "c.toml", scans, 1)
+    assert cli.main(["train", str(config), "--set", "data.pool=2"]) == 0
+    assert register(tmp_path / "run" / loop.WEIGHTS_FILE) == 0
 
 
 @pytest.mark.slow

@@ -83,7 +83,8 @@ class Baseline:
     def __init__(self, name: BaselineName, affine: AffineMode = "affine") -> None:
         if name not in BASELINES:
             raise UsageError(
-                f"the baseline is {name!r}, expected one of {', '.join(BASELINES)}", "see -h"
+                f"the baseline is {name!r}, expected one of {', '.join(BASELINES)}",
+                "'affine' needs no other package, 'syn' and 'greedy' need 'ulae-rt[baselines]'",
             )
         self.affine: AffineMode = affine
         self._name = name

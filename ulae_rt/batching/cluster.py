@@ -33,6 +33,12 @@ LOCAL = "local"
 AUTO = "auto"
 CONNECT_S = 5.0
 _START = "start it with 'ray start --head', or give --ray without an address"
+# Ray gives its token to a Ray that it finds itself, not to one at an address.
+_TOKEN = (
+    "give --ray auto on its own machine; elsewhere set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to "
+    "what 'ray get-auth-token' says there"
+)
+_OWN = "Ray's logs may say why; or start one with 'ray start --head' and give --ray auto"
 # Only lists of paths and rows of results go through Ray; the scans are on the shared disk. Ray
 # takes no less than 75 MB.
 OBJECT_STORE_BYTES = 100_000_000
@@ -189,10 +195,12 @@ class Cluster:
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())[:200]
-            raise BackendUnavailable(
-                f"Ray at {self._address} cannot be used: {said}",
-                _START,
-            ) from error
+            message = f"Ray at {self._address} cannot be used: {said}"
+            if self._address == LOCAL:
+                raise BackendUnavailable(message, _OWN) from error
+            if self._address == AUTO:
+                raise BackendUnavailable(message, _START) from error
+            raise BackendUnavailable(message, _TOKEN) from error
         finally:
             signal.signal(signal.SIGTERM, terminate)  # Ray's own would end without cleaning up
 
@@ -266,7 +274,7 @@ class Cluster:
         except self._ray.exceptions.RayError as error:
             raise BackendUnavailable(
                 f"Ray gave up: {' '.join(str(error).split())[:200]}",
-                "see Ray's logs; --resume goes on",
+                "Ray's logs may say why; go on with --resume",
             ) from error
 
     @contextlib.contextmanager

@@ -260,13 +260,15 @@ class _Picture:
 
 def _picture(folder: Path, row: Row) -> _Picture:
     if "warp" not in row.outputs or row.affine is None:
-        return _Picture(problem="its warp was not kept (see --outputs)")
+        return _Picture(problem="its warp was not kept: add warp to --outputs")
     try:
         with _quiet():
             jpeg = _drawn(folder, row, np.asarray(row.affine, np.float64))
     except Exception as error:  # whatever has become of one pair's files, the page is written
-        said = str(error) if isinstance(error, UlaeError) else f"{type(error).__name__}: {error}"
-        return _Picture(problem=said)
+        if not isinstance(error, UlaeError):
+            return _Picture(problem=f"{type(error).__name__}: {error}")
+        hint = f" ({error.hint})" if error.hint else ""
+        return _Picture(problem=f"{error}{hint}")
     return _Picture(base64.b64encode(jpeg).decode())
 
 
@@ -276,7 +278,8 @@ def _drawn(folder: Path, row: Row, affine: np.ndarray[Any, np.dtype[np.float64]]
     grid = grid_of(fixed)
     if fixed.shape != warp.grid.shape or gap_mm(grid, grid_of(warp.grid)):
         raise GeometryError(
-            f"{fixed.name} does not lie on the grid of the warp any more", "register the pair again"
+            f"{fixed.name} does not lie on the grid of the warp any more",
+            "register the pair again, into another folder",
         )
     return qc_jpeg(
         fixed=fixed.data,

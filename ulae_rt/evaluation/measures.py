@@ -249,7 +249,8 @@ def _displacement(fixed: Volume, registration: Registration) -> Displacement:
         return add_affine(zero, grid_of(fixed), registration.affine)
     if registration.warp is None:
         raise EvaluationError(
-            "its warp was not written", "register with warp among batch's --outputs"
+            "its warp was not written",
+            "run 'ulae-rt batch' into another folder, with warp among its --outputs",
         )
     warp = read_warp(registration.warp, fixed=fixed)
     _check_same_grid(warp.grid, fixed)

@@ -59,7 +59,8 @@ def register_affine(moving: Volume, fixed: Volume, mode: AffineMode = "affine") 
     """
     if mode not in AFFINE_MODES:
         raise UsageError(
-            f"affine is {mode!r}, expected one of {', '.join(AFFINE_MODES)}", "see register -h"
+            f"affine is {mode!r}, expected one of {', '.join(AFFINE_MODES)}",
+            "give 'affine', or leave it out",
         )
     if mode == "none":
         return np.eye(4)

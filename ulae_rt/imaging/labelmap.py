@@ -27,7 +27,7 @@ MUCH_BETTER = 0.6
 BETTER = 0.05
 NOISE = 0.005
 
-HINT = "compare the two headers, e.g. with nib-ls: a label map has the affine of its scan"
+HINT = "compare the two headers, e.g. with nib-diff: a label map has the affine of its scan"
 AXES = ("first", "second", "third")
 
 

@@ -180,14 +180,14 @@ def _check_layout(path: Path) -> None:
     if is_gzip and not is_named_gzip:
         raise ImageError(
             f"{path} is compressed with gzip, though its name does not end in .gz",
-            _command("rename it: mv", path, f"{path}.gz"),
+            f"rename it: mv {_quoted(path)} {_quoted(f'{path}.gz')}",
         )
     with igzip.open(path, "rb") if is_gzip else path.open("rb") as stream:
         start = stream.read(4)
         if is_gzip and start.startswith(GZIP_SIGNATURE):
             raise ImageError(
                 f"{path} is compressed twice",
-                _command("unpack it once: gzip -dc", path) + " > " + shlex.quote(f"{_once(path)}"),
+                f"unpack it once: gzip -dc {_quoted(path)} > {_quoted(_once(path))}",
             )
         header = _raw_header(start, stream)
         if header is None:
@@ -195,7 +195,7 @@ def _check_layout(path: Path) -> None:
         if is_named_gzip and not is_gzip:
             raise ImageError(
                 f"{path} is not compressed, though its name ends in .gz",
-                _command("rename it: mv", path, path.with_suffix("")),
+                f"rename it: mv {_quoted(path)} {_quoted(path.with_suffix(''))}",
             )
         if header["magic"].item().rstrip(b"\0") not in (b"n+1", b"n+2", b"n+2\0\r\n\x1a\n"):
             return
@@ -206,8 +206,9 @@ def _check_layout(path: Path) -> None:
         _check_extensions(header, stream, str(path))
 
 
-def _command(words: str, *paths: PathLike) -> str:
-    return " ".join([words, *(shlex.quote(str(path)) for path in paths)])
+def _quoted(path: PathLike) -> str:
+    """For a shell."""
+    return shlex.quote(str(path))
 
 
 def _once(path: Path) -> Path:
@@ -660,7 +661,7 @@ def check_output(path: PathLike, *, overwrite: bool, suffixes: Sequence[str] = S
     folder = path.parent
     if not os.path.isdir(folder):  # pathlib raises for some folders
         raise OutputError(
-            f"the folder {folder} does not exist", _command("make it: mkdir -p", folder)
+            f"the folder {folder} does not exist", f"make it: mkdir -p {_quoted(folder)}"
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {folder} cannot be written to", "check its permissions")

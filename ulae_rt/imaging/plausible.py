@@ -19,8 +19,8 @@ SIMILARITY_AFFINE = 0.42
 SIMILARITY = 0.74
 
 HINT = (
-    "look at the result (register --qc, batch's page), and check that both images show one whole "
-    "skull-stripped T1 brain, the right way up by its header"
+    "look at the result (register --qc, or batch's summary.html), and check that both images show "
+    "one whole skull-stripped T1 brain, the right way up by its header"
 )
 
 

@@ -155,8 +155,9 @@ class Step:
                         f"{self.device} has too little memory for {self.config.run.micro_batch} "
                         f"pair(s) at once with activation checkpointing "
                         f"{'on' if self.model.checkpointing else 'off'}",
-                        "lower run.micro_batch, switch run.activation_checkpointing on, or set "
-                        "optimiser.precision = 'bf16' or data.pool = 2",
+                        "lower run.micro_batch where it is above 1, or set "
+                        "run.activation_checkpointing = 'on', optimiser.precision = 'bf16' or "
+                        "data.pool = 2",
                     ) from error
             except RuntimeError as error:
                 if self.config.run.compile and isinstance(
@@ -164,8 +165,8 @@ class Step:
                 ):
                     raise BackendUnavailable(
                         f"torch.compile failed: {str(error.inner_exception).splitlines()[0]}",
-                        "it needs a C++ compiler on a CPU and triton on a GPU; or set "
-                        "run.compile = false",
+                        "set run.compile = false, or install what it needs: on a CPU a C++ "
+                        "compiler, on a GPU triton",
                     ) from error
                 raise
             # Out here the failed attempt's tensors are gone: its traceback held them.
