@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from ulae_rt.arguments import check_choice
 from ulae_rt.errors import GeometryError, ImageError, UsageError
 from ulae_rt.imaging.grid import Grid, gap_mm, grid_of
 from ulae_rt.imaging.nifti import (
@@ -157,11 +158,8 @@ def _stored(warp: Warp, fmt: WarpFormat) -> NDArray[np.float32]:
                 "give Warp(disp, grid, moving)",
             )
         check_one_grid(grid_of(warp.grid), warp.moving)
-    elif fmt != "voxel":
-        raise UsageError(
-            f"warp format is {fmt!r}, expected one of {', '.join(WARP_FORMATS)}",
-            "leave it out, or give one of them",
-        )
+    else:
+        check_choice("warp format", fmt, WARP_FORMATS)
     inverse = np.linalg.inv(warp.grid.affine[:3, :3]).astype(np.float32)
     return np.asarray(warp.disp @ inverse.T)
 
