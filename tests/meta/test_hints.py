@@ -18,17 +18,6 @@ NOT_FOLLOWED: dict[str, str] = {
 # A shorter piece would be found in other hints some day.
 SHORTEST = 8
 
-# ---------------------------------------------------------------------------------------------
-# TEMPORARY: files whose hints are being followed elsewhere. Once that is merged, remove PENDING,
-# test_files_that_are_pending_exist and the condition that names PENDING; what then fails is to be
-# followed, or listed above.
-PENDING = (
-    "ulae_rt/training/config.py",
-    "ulae_rt/training/data.py",
-    "ulae_rt/training/loop.py",
-)
-# ---------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def found() -> list[Hint]:
@@ -62,7 +51,7 @@ def test_every_hint_that_names_something_is_followed(
     found: list[Hint], markers: list[Follows]
 ) -> None:
     pieces = [*(marker.piece for marker in markers), *NOT_FOLLOWED]
-    missing = [hint for hint in left_alone(found, pieces) if not hint.file.startswith(PENDING)]
+    missing = left_alone(found, pieces)
     assert not missing, (
         "mark the test that follows each with @pytest.mark.follows, or list it with the reason "
         "in NOT_FOLLOWED:\n" + "\n".join(map(str, missing))
@@ -94,10 +83,6 @@ def test_what_is_not_followed_is_a_hint_has_a_reason_and_no_test(
     found: list[Hint], markers: list[Follows]
 ) -> None:
     assert wrong_entries(NOT_FOLLOWED, found, markers) == {}
-
-
-def test_files_that_are_pending_exist() -> None:
-    assert [name for name in PENDING if not (ROOT / name).exists()] == []
 
 
 def test_hints_are_found_in_every_part_of_the_package(found: list[Hint]) -> None:
