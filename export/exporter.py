@@ -127,6 +127,11 @@ def prepare(config: ExportConfig) -> Prepared:
     model = load_model(path)
     shape = config.shape or model.metadata.shape
     check_shape(shape)
+    if model.metadata.spacing_mm % 1:
+        raise UsageError(
+            f"{path}: its grid has {model.metadata.spacing_mm:g} mm, expected a whole number",
+            "train it again, with data.pool = 1 or 2 in the configuration",
+        )
     check_batches(shape, config.batches)
     weights_sha256 = sha256(path.read_bytes())
     prepared = Prepared(decided, path, model, shape, weights_sha256)

@@ -1,5 +1,6 @@
 """Which artefacts one export makes, decided before any work starts."""
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -67,7 +68,8 @@ class Plan(NamedTuple):
 
     Attributes:
         items: the artefacts, in the order in which they are made.
-        left_out: what the defaults would have made if the machine had what it takes.
+        left_out: what the defaults would have made if the machine had what it takes, and the
+            format could be what was asked for.
     """
 
     items: tuple[Item, ...]
@@ -89,7 +91,9 @@ def plan(config: ExportConfig) -> Plan:
             "--target needs --format: it is what engines and .pt2 files are built for",
             "e.g. --format tensorrt-rtx --target sm89",
         )
-    chosen = list(dict.fromkeys(_named(config) if config.formats else _default(config)))
+    impossible: list[tuple[Item, Missing]] = []
+    made = _named(config) if config.formats else _default(config, impossible)
+    chosen = list(dict.fromkeys(made))
     if not chosen:
         raise UsageError(
             f"no default format has precision {', '.join(config.precisions or ())} with batch "
@@ -102,7 +106,8 @@ def plan(config: ExportConfig) -> Plan:
     if config.formats and left_out:
         item, missing = left_out[0]
         raise BackendUnavailable(f"{item.name}: {missing.message}", missing.hint)
-    return Plan(tuple(item for item, missing in lacking if missing is None), left_out)
+    items = tuple(item for item, missing in lacking if missing is None)
+    return Plan(items, (*impossible, *left_out))
 
 
 _ADD_TENSORRT = "leave it out, or add --format tensorrt on a machine with the GPU"
@@ -133,7 +138,7 @@ def _named(config: ExportConfig) -> list[Item]:
         targets = [target for target in config.targets or () if _fits(kind, target)]
         used.update(targets)
         for target in targets or _targets_here(kind, bool(config.targets)):
-            made += _of(config, kind, target, strict=True)
+            made += _of(config, kind, target)
     if unused := [target for target in config.targets or () if target not in used]:
         raise UsageError(
             f"target {unused[0]} fits none of the formats {', '.join(config.formats or ())}",
@@ -142,12 +147,12 @@ def _named(config: ExportConfig) -> list[Item]:
     return made
 
 
-def _default(config: ExportConfig) -> list[Item]:
+def _default(config: ExportConfig, impossible: list[tuple[Item, Missing]]) -> list[Item]:
     kinds = [("onnx", "any"), ("pt2", "cpu")]
     if gpus():
         here = f"sm{gpus()[0].sm}"
         kinds += [(kind, here) for kind in ("tensorrt", "tensorrt-rtx", "pt2")]
-    return [item for kind, target in kinds for item in _of(config, kind, target, strict=False)]
+    return [item for kind, target in kinds for item in _of(config, kind, target, impossible)]
 
 
 def _fits(kind: str, target: str) -> bool:
@@ -176,30 +181,47 @@ def _targets_here(kind: str, others_named: bool) -> list[str]:
     return here
 
 
-def _of(config: ExportConfig, kind: str, target: str, *, strict: bool) -> list[Item]:
-    """Every precision and batch of one kind; ``strict`` refuses what the kind cannot be."""
+def _of(
+    config: ExportConfig,
+    kind: str,
+    target: str,
+    impossible: list[tuple[Item, Missing]] | None = None,
+) -> list[Item]:
+    """Every precision and batch of one kind.
+
+    Args:
+        config: of the export.
+        kind: of artefact.
+        target: it is for.
+        impossible: gets what the kind cannot be and why; None: that is an error.
+
+    Raises:
+        UsageError: for what the kind cannot be.
+    """
     known, usual = _PRECISIONS[kind if kind != "pt2" else _pt2(target)]
     precisions = config.precisions or tuple(p for p in usual if p != "bf16" or _has_bf16())
+    compatibility = config.compatibility if kind in _SHORT else "none"
     made = []
-    for precision in precisions:
+    for precision, batch in itertools.product(precisions, config.batches):
+        reason = None
         if precision not in known:
-            if strict:
-                raise UsageError(
-                    f"{kind} for {target} cannot be {precision}, expected one of "
-                    f"{', '.join(known)}",
-                    "leave out --precision to get what pays in each format",
-                )
-            continue
-        for batch in config.batches:
-            if batch == ANY_BATCH and kind != "onnx":
-                if strict:
-                    raise UsageError(
-                        f"{kind} has one batch size an artefact, got a dynamic one",
-                        "name the sizes: --batch 1 2 4 8",
-                    )
-                continue
-            compatibility = config.compatibility if kind in _SHORT else "none"
-            made.append(Item(kind, precision, target, batch, compatibility))
+            reason = Missing(
+                f"{kind}{'' if target == 'any' else f' for {target}'} cannot be {precision}, "
+                f"expected one of {', '.join(known)}",
+                "leave out --precision to get what pays in each format",
+            )
+        elif batch == ANY_BATCH and kind != "onnx":
+            reason = Missing(
+                f"{kind} has one batch size an artefact, got a dynamic one",
+                "name the sizes: --batch 1 2 4 8",
+            )
+        item = Item(kind, precision, target, batch, compatibility)
+        if reason is None:
+            made.append(item)
+        elif impossible is None:
+            raise UsageError(*reason)
+        else:
+            impossible.append((item, reason))
     return made
 
 

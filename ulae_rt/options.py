@@ -82,7 +82,11 @@ class NetworkOptions:
             )
         engine = arguments.engine
         # Here, because what load_network is given may be weights as well.
-        if engine is not None and not engine.is_dir() and engine.suffix not in ENGINE_SUFFIXES:
+        if (
+            engine is not None
+            and not engine.is_dir()
+            and engine.suffix.lower() not in ENGINE_SUFFIXES
+        ):
             raise EngineMismatch(
                 f"{engine} is no engine: expected a folder, or a file {', '.join(ENGINE_SUFFIXES)}",
                 "make one with 'ulae-rt export' and give its folder; weights go to --weights",

@@ -100,7 +100,7 @@ def test_one_precision_leaves_the_formats_that_have_it():
         ({"formats": ("tensorrt-rtx",)}, "needs a target"),
         ({"formats": ("tensorrt-rtx",), "targets": ("rtx4090",)}, "target is 'rtx4090'"),
         ({"formats": ("onnx",), "targets": ("sm89",)}, "target sm89 fits none"),
-        ({"formats": ("onnx",), "precisions": ("bf16",)}, "onnx for any cannot be bf16"),
+        ({"formats": ("onnx",), "precisions": ("bf16",)}, "onnx cannot be bf16"),
         ({"formats": ("pt2",), "precisions": ("fp16",)}, "pt2 for cpu cannot be fp16"),
         (
             {"formats": ("tensorrt-rtx",), "targets": ("sm89",), "batches": (ANY_BATCH,)},
@@ -199,3 +199,18 @@ def test_what_hints_install_is_what_the_project_names():
     required = set(re.findall(r"require\(\"[\w.]+\", \"([\w-]+)\"\)", text))
     assert {"torch", "export"} <= required <= project["optional-dependencies"].keys()
     assert any(each.startswith("onnxruntime>=") for each in project["dependencies"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "left_out"),
+    [
+        ({"batches": (ANY_BATCH,)}, {"ulae-net-fp32-cpu-bN.pt2": "pt2 has one batch size"}),
+        ({"precisions": ("bf16",)}, {"ulae-net-bf16.onnx": "onnx cannot be bf16"}),
+    ],
+)
+def test_what_a_default_format_cannot_be_is_said(asked, left_out):
+    decided = plan(ExportConfig(**asked))
+    reasons = {item.name: missing.message for item, missing in decided.left_out}
+    assert decided.items
+    for name, words in left_out.items():
+        assert reasons[name].startswith(words)

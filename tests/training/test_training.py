@@ -105,6 +105,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 @pytest.mark.slow
+def test_a_run_that_has_minutes_stops_and_goes_on_exactly(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    assert cli.main(["train", str(write_config(whole / "c.toml", scans, 4))]) == 0
+    monkeypatch.setattr(loop, "_LOOK_EVERY", 1)
+    config = str(write_config(parts / "c.toml", scans, 4))
+    capsys.readouterr()
+    assert cli.main(["train", config, "--set", "run.minutes=0.00001"]) == 0
+    assert "stopped at step 1, after 1e-05 min; --resume goes on" in capsys.readouterr().out
+    for number in (2, 3):
+        line = ["train", config, "--set", "run.minutes=0.00001", "--resume", "--json"]
+        assert cli.main(line) == 0
+        assert json.loads(capsys.readouterr().out)["step"] == number
+    assert cli.main(["train", config, "--resume"]) == 0
+    for key, value in weights(whole).items():
+        assert torch.equal(value, weights(parts)[key]), key
+    assert rows(whole)[-1] == rows(parts)[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.follows("train it again, with data.pool = 1 or 2 in the configuration")
 def test_weights_of_a_grid_that_cannot_be_used_are_trained_again(
     scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

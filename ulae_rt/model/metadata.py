@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ulae_rt import __version__
-from ulae_rt.conventions import FULL_SHAPE, FULL_SPACING_MM, SIZE_MULTIPLE
+from ulae_rt.conventions import FULL_SHAPE, FULL_SPACING_MM
 from ulae_rt.errors import CheckpointError
 from ulae_rt.manifest import LARGEST_SIZE, NORMALISATIONS, VARIANTS
 from ulae_rt.strict_json import parse_json
@@ -99,15 +99,12 @@ def _check(values: dict[str, Any]) -> None:
             f"channels is {_told(values['channels'])}, expected 1 to {_LARGEST_CHANNELS}"
         )
     shape, spacing = values["shape"], values["spacing_mm"]
-    if len(shape) != 3 or not all(
-        type(size) is int and 0 < size <= LARGEST_SIZE and size % SIZE_MULTIPLE == 0
-        for size in shape
-    ):
+    if len(shape) != 3 or not all(type(size) is int and 0 < size <= LARGEST_SIZE for size in shape):
         raise ValueError(
-            f"shape is {str(shape)[:60]}, expected three positive multiples of {SIZE_MULTIPLE}"
+            f"shape is {str(shape)[:60]}, expected three whole numbers from 1 to {LARGEST_SIZE}"
         )
-    if not 1 <= spacing <= LARGEST_SIZE or spacing % 1:
-        raise ValueError(f"spacing_mm is {_told(spacing)}, expected a whole number of mm")
+    if not 0 < spacing <= LARGEST_SIZE:  # NaN is not either
+        raise ValueError(f"spacing_mm is {_told(spacing)}, expected more than 0 mm")
     for name, version in values.get("versions", {}).items():
         if not isinstance(version, str):
             raise ValueError(f"the version of {name!r} is {_told(version)}, expected str")

@@ -166,6 +166,8 @@ class RunConfig(_Section):
             launching them one by one; CUDA only.
         activation_checkpointing: compute features again in the backward pass in place of keeping
             them. ``auto``: from when a GPU's memory does not suffice; ``on``; ``off``.
+        minutes: after which the run stops with a checkpoint that ``--resume`` goes on from exactly;
+            none: at the last step. For machines that are lent for a time.
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
@@ -173,6 +175,7 @@ class RunConfig(_Section):
     compile: bool = False
     cuda_graph: bool = False
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    minutes: Positive | None = None
 
 
 class OutputConfig(_Section):

@@ -44,6 +44,8 @@ _LOG_COLUMNS = (
     "val_dice", "val_baseline", "val_folding_percent",
 )  # fmt: skip
 _LOG_EVERY = 10
+# Steps between two looks at the clock, where the run has minutes: processes wait for each other.
+_LOOK_EVERY = 5
 
 
 def learning_rate(config: OptimiserConfig, step: int) -> float:
@@ -143,7 +145,7 @@ class Trainer:
 
     def _run(self, report: Callable[[str], None]) -> dict[str, Any]:
         settings, output = self.config.optimiser, self.config.output
-        first = self.processes.first
+        first, minutes = self.processes.first, self.config.run.minutes
         steps = self._steps()
         if first:
             report(self._announcement())
@@ -159,6 +161,7 @@ class Trainer:
             self.model.train()
             unconfirmed: Outcome | None = None
             logged, since = self.step, time.perf_counter()
+            ends = math.inf if minutes is None else time.monotonic() + 60 * minutes
             for batches in steps:
                 rate = learning_rate(settings, self.step)
                 outcome = self.take_step(self.step, batches, rate)
@@ -169,15 +172,18 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 last = self.step == settings.steps
+                over = minutes is not None and not last and self._time_is_over(ends)
                 validates = bool(self.val_pairs) and (
                     last or self.step % output.validate_every == 0
                 )
-                saves = last or self.step % output.checkpoint_every == 0
+                saves = last or over or self.step % output.checkpoint_every == 0
                 if not (validates or saves or self.step % _LOG_EVERY == 0):
                     continue
                 losses = self._confirm(outcome)
                 unconfirmed = None
                 if log is None:
+                    if over:
+                        break
                     continue
                 seconds = (time.perf_counter() - since) / (self.step - logged)
                 validation = None
@@ -190,15 +196,25 @@ class Trainer:
                         f"(no displacement {validation.baseline:.4f}), "
                         f"{validation.folding_percent:.2f} % of the brain folded"
                     )
-                if validates or last or self.step % _LOG_EVERY == 0:
+                if validates or last or over or self.step % _LOG_EVERY == 0:
                     result = self._row(losses, validation, rate, seconds)
                     log.write(result)
                     bar.set_postfix(loss=f"{result['loss']:.4f}")
                 if saves:
                     self.save()
+                if over:
+                    report(f"stopped at step {self.step}, after {minutes:g} min; --resume goes on")
+                    break
                 logged, since = self.step, time.perf_counter()
         self.processes.leave()
         return {**result, "weights": str(self.folder / WEIGHTS_FILE)}
+
+    def _time_is_over(self, ends: float) -> bool:
+        """By the first process's clock, so that all processes stop at one step."""
+        if self.step % _LOOK_EVERY:
+            return False
+        is_over = self.processes.first and time.monotonic() >= ends
+        return bool(self.processes.collect(["over"] if is_over else []))
 
     def _first_model(self) -> UlaeNet:
         """The network as the first step finds it.
