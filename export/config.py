@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from ulae_rt.arguments import check_choice
 from ulae_rt.conventions import SIZE_MULTIPLE
 from ulae_rt.errors import UsageError
 from ulae_rt.manifest import (
@@ -26,8 +27,6 @@ LARGEST_BATCH = 64
 # The widest tensor of the full resolution has 18 channels, and runtimes count its elements in 32
 # bits (ONNX Runtime's CUDA GridSample among them).
 MAX_VOXELS = 2**31 // 32
-
-_SEE = "see ulae-rt export -h"
 
 
 class Missing(NamedTuple):
@@ -81,10 +80,7 @@ class ExportConfig:
             ("tolerance", tuple(self.tolerances), TOLERANCE_NAMES),
         ):
             for value in values:
-                if value not in known:
-                    raise UsageError(
-                        f"{what} is {value!r}, expected one of {', '.join(known)}", _SEE
-                    )
+                check_choice(what, value, known)
         for batch in self.batches:
             if batch != ANY_BATCH and not 1 <= batch <= LARGEST_BATCH:
                 raise UsageError(
@@ -93,7 +89,10 @@ class ExportConfig:
                 )
         for name, allowed in self.tolerances.items():
             if not (allowed >= 0 and math.isfinite(allowed)):
-                raise UsageError(f"tolerance {name} is {allowed}, expected 0 or more", _SEE)
+                raise UsageError(
+                    f"tolerance {name} is {allowed}, expected 0 or more",
+                    "leave it out to have the standard one",
+                )
         if self.shape is not None:
             check_shape(self.shape)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ulae_rt.errors import EquivalenceError, ExportError
+from ulae_rt.export.proof import DEFECT_HINT
 from ulae_rt.kernels.norm_activate.reference import NEGATIVE_SLOPE, NORM_EPS
 from ulae_rt.model import UlaeNet
 from ulae_rt.model.blocks import ConvBlock, FoldedWeights, MovingBlock, _strided_conv3d, conv3d
@@ -213,5 +214,5 @@ def check_rewriting(model: UlaeNet) -> None:
             raise EquivalenceError(
                 f"the rewritten graph is not the network: {name} differs by {error:.1e} of its "
                 f"largest value in float64, expected at most {_CHECK_TOLERANCE:.0e}",
-                "this is a defect of ulae_rt; nothing was written",
+                DEFECT_HINT,
             )

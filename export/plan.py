@@ -110,6 +110,9 @@ def plan(config: ExportConfig) -> Plan:
     return Plan(items, (*impossible, *left_out))
 
 
+_ADD_TENSORRT = "leave it out, or add --format tensorrt on a machine with the GPU"
+
+
 def _check_effect(config: ExportConfig, chosen: list[Item]) -> None:
     """Refuse options that nothing of what is made heeds."""
     kinds = {item.kind for item in chosen}
@@ -119,13 +122,13 @@ def _check_effect(config: ExportConfig, chosen: list[Item]) -> None:
             "engines, and none is made",
             "leave it out, or add --format tensorrt-rtx --target sm80"
             if config.compatibility == "ampere-plus"
-            else "leave it out, or add --format tensorrt on a machine with such a GPU",
+            else _ADD_TENSORRT,
         )
     if config.timing_cache is not None and "tensorrt" not in kinds:
         raise UsageError(
             "--timing-cache has no effect: only TensorRT times kernels as it builds, and no engine "
             "of it is made",
-            "leave it out, or add --format tensorrt on a machine with the GPU",
+            _ADD_TENSORRT,
         )
 
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from ulae_rt.errors import ExportError, UsageError
 from ulae_rt.export.census import values_of
 
+DEFECT_HINT = "this is a defect of ulae_rt; nothing was written"
+
 TYPES_UNKNOWN_HINT = (
     "this engine is not written, because the types it computes in cannot be read from it; install "
     "the versions of constraints.txt, and report it if they are installed"
@@ -66,13 +68,13 @@ def convolutions_of(proto: Any) -> dict[str, Expected]:
             if not node.name or node.name in found:
                 raise ExportError(
                     f"the graph is off: two convolutions are called {node.name!r}",
-                    "export the weights again",
+                    DEFECT_HINT,
                 )
             output = values.get(node.output[0])
             if output is None or len(output.shape) != 5:
                 raise ExportError(
                     f"the graph is off: the size of what {node.name} computes is not known",
-                    "export the weights again",
+                    DEFECT_HINT,
                 )
             found[node.name] = Expected(values[node.input[1]].type, head=output.shape[1] == 3)
     return found

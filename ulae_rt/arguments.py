@@ -55,7 +55,10 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}", "see -h")
+        raise UsageError(
+            f"{name} is {value!r}, expected one of {', '.join(choices)}",
+            "leave it out, or give one of them",
+        )
 
 
 def path_of(value: object, name: str = "path") -> Path:

@@ -40,6 +40,7 @@ from ulae_rt.imaging.plausible import warn_implausible_affine, warn_unlike
 from ulae_rt.imaging.similarity import correlation
 from ulae_rt.imaging.transform import Deformation, folding, jacobian_determinant, warp_image
 from ulae_rt.imaging.warpfile import Warp
+from ulae_rt.manifest import EXPORT_AGAIN_HINT
 from ulae_rt.messages import about
 from ulae_rt.network import Network, load_network
 from ulae_rt.optional import require
@@ -338,7 +339,7 @@ class Registrar:
                 raise EngineMismatch(
                     f"the network returned a displacement of {disp.shape[1:]}, expected "
                     f"{(3, *grid.shape)}",
-                    "export the engine again: ulae-rt export --weights FILE",
+                    EXPORT_AGAIN_HINT,
                 )
         return [
             Deformation(np.ascontiguousarray(each), grid, pair.affine)

@@ -12,6 +12,7 @@ from ulae_rt.engines.backends.base import Array, failure
 from ulae_rt.engines.backends.cuda import Buffer, Cuda
 from ulae_rt.engines.machine import TENSORRT_MODULES
 from ulae_rt.errors import EngineMismatch
+from ulae_rt.manifest import EXPORT_AGAIN_HINT
 from ulae_rt.optional import require
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class TensorRtBackend:
             if dtype != library.DataType.FLOAT or min(shape) < 1:
                 raise EngineMismatch(
                     f"the engine's {name} is {dtype} of {shape}, expected float32 of fixed sizes",
-                    "export the weights again; engines of this package take nothing else",
+                    EXPORT_AGAIN_HINT,
                 )
             is_input = self._engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
             (self.inputs if is_input else self.outputs)[name] = shape

@@ -1,6 +1,7 @@
 """The list of pairs: every way in which people write one, and every way to get it wrong."""
 
 import json
+import os
 
 import pytest
 
@@ -178,3 +179,19 @@ def test_hints_of_lists_work(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + mended.encode())  # as Excel's 'CSV UTF-8'
     assert read_pairs(path) == right
     assert Shard.parse("8/8").of(list(range(8))) == [7]  # of an array job that begins at 0: add 1
+
+
+@pytest.mark.follows(
+    "an array job of 8 gives 1/8 to 8/8; SLURM_ARRAY_TASK_ID may begin at 0: add 1"
+)
+def test_an_array_job_that_begins_at_0_adds_1(monkeypatch):
+    pairs = list(range(20))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    with pytest.raises(UsageError) as caught:
+        Shard.parse(f"{os.environ['SLURM_ARRAY_TASK_ID']}/8")
+    assert "SLURM_ARRAY_TASK_ID may begin at 0: add 1" in caught.value.hint
+    found = []
+    for task in range(8):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        found += Shard.parse(f"{int(os.environ['SLURM_ARRAY_TASK_ID']) + 1}/8").of(pairs)
+    assert sorted(found) == pairs

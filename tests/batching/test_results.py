@@ -261,6 +261,10 @@ def test_results_of_two_runs_are_not_one(tmp_path):
         read_results(tmp_path)
 
 
+@pytest.mark.follows(
+    "give --resume to do what is missing, or another folder",
+    "give the folder that 'ulae-rt batch' wrote, or results.jsonl",
+)
 def test_hints_of_a_results_folder_work(tmp_path):
     place = tmp_path / "out"
     fill(place)
@@ -290,3 +294,21 @@ def test_hints_of_a_results_folder_work(tmp_path):
 def test_a_row_that_does_not_say_its_images_is_no_pair():
     with pytest.raises(PairsError, match="the pair a has no fixed image in its row"):
         replace(FULL, inputs={"moving": "m"}).pair  # noqa: B018
+
+
+@pytest.mark.follows("give results.jsonl as 'ulae-rt batch' wrote it")
+def test_results_that_were_changed_are_read_as_they_were_written(tmp_path):
+    fill(tmp_path)
+    path = tmp_path / "results.jsonl"
+    written = path.read_text()
+    hint = "give results.jsonl as 'ulae-rt batch' wrote it"
+    path.write_text(written.replace('"status"', '"state"', 1))
+    with pytest.raises(PairsError, match="is no row of results") as caught:
+        read_results(path)
+    assert caught.value.hint == hint
+    path.write_text(written.replace('"moving"', '"moving_labels"'))
+    with pytest.raises(PairsError, match="has no moving image") as caught:
+        [row.pair for row in read_results(path)]
+    assert caught.value.hint == hint
+    path.write_text(written)
+    assert [row.pair for row in read_results(path)] == PAIRS

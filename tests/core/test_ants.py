@@ -3,12 +3,17 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from _support.arrays import assert_arrays_close, assert_labels_agree
-from _support.brains import centre_of, grid_affine, save_brain
+from _support.brains import centre_of, grid_affine, save_brain, world
 from _support.networks import FakeMetadata, FakeNetwork
 from _support.tolerances import TOL
 from ulae_rt.cli import main
+from ulae_rt.errors import ImageError
+from ulae_rt.imaging.chain import chain_displacement, read_transform
+from ulae_rt.imaging.grid import grid_of
+from ulae_rt.imaging.nifti import read_volume
 from ulae_rt.registrar import Registrar
 
 ants = pytest.importorskip("ants", reason="antspyx has no wheel for this machine")
@@ -124,3 +129,26 @@ def test_composites_of_ants_are_read(registered, name):
     ours = apply(folder, "f", "m", [path])
     seen = ants_applies(folder, "f", "m", found["fwdtransforms"])
     assert_arrays_close("ANTs", ours, seen, TOL["image by others"])
+
+
+@pytest.mark.follows("make it a warp: antsApplyTransforms -d 3 -r FIXED -t FILE -o [warp.nii.gz,1]")
+def test_a_transform_that_simpleitk_does_not_know_is_made_a_warp(tmp_path):
+    """ITK's ComposeScaleSkewVersor3DTransform: SimpleITK writes it, and cannot read it."""
+    fixed, path = tmp_path / "f.nii.gz", tmp_path / "t.tfm"
+    brain(fixed, "LAS")
+    transform = sitk.ComposeScaleSkewVersor3DTransform(
+        [1.1, 0.9, 1.2], [0.1, 0.02, 0.03], [1, 2, 3], 0.1, [1, 2, 3], [4, 5, 6]
+    )
+    sitk.WriteTransform(transform, str(path))
+    reference = read_volume(fixed)
+    with pytest.raises(ImageError, match="of a type that SimpleITK does not know") as caught:
+        read_transform(str(path), reference)
+    command = caught.value.hint.partition(": ")[2].replace("FIXED", str(fixed))
+    command = command.replace("FILE", str(path)).replace("warp.nii", f"{tmp_path}/warp.nii")
+    ants.lib.antsApplyTransforms(command.split()[1:])
+    steps = read_transform(str(tmp_path / "warp.nii.gz"), reference)
+    found = chain_displacement(steps, grid_of(reference), "fixed")
+    points = world(*GEOMETRIES["LAS"])
+    lps = [transform.TransformPoint(p) for p in (points * [-1, -1, 1]).reshape(-1, 3).tolist()]
+    expected = np.reshape(lps, points.shape) * [-1, -1, 1] - points
+    assert_arrays_close("ANTs", found, expected, TOL["displacement float32"])

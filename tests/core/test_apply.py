@@ -154,6 +154,9 @@ def test_nearest_keeps_labels_and_their_type(files, dtype):
     assert set(np.unique(values(files))) == set(np.unique(data))
 
 
+@pytest.mark.follows(
+    "looks like a label map: --interp nearest keeps its labels, linear mixes them",
+)
 def test_labels_given_to_linear_are_warned_of(files, caplog):
     assert apply(files, image="labels") == 0
     assert "labels.nii.gz looks like a label map: --interp nearest keeps" in caplog.text
@@ -389,6 +392,7 @@ def test_mistakes_are_two_lines_and_leave_nothing(wrong, capfd, changes, flags, 
     assert {path: path.read_bytes() for path in wrong.iterdir()} == before
 
 
+@pytest.mark.follows("leave --warp-format out", "say it with --warp-format: ras, voxel or l2r")
 def test_hints_about_formats_and_brackets_work(files, capsys):
     sitk.WriteTransform(itk_affine(), str(files / "turn.mat"))
     assert apply(files, "--warp-format", "ras") == 2

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from _support import plain_ulae as plain
+from _support.engines import write_engine
 from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import smooth_image
+from ulae_rt.cli import main
+from ulae_rt.engines import load_engine
 from ulae_rt.errors import BackendUnavailable, CheckpointError, OutputError, UsageError
 from ulae_rt.model import Metadata, UlaeNet, load_model, save_checkpoint
 from ulae_rt.model.checkpoint import DEFAULT_WEIGHTS, read_torch
@@ -254,6 +258,7 @@ def test_tensors_that_are_no_weights_are_refused_by_name(
     assert "float()" in e.value.hint
 
 
+@pytest.mark.follows("save the weights as they were trained, model.float().state_dict()")
 def test_hint_for_such_tensors_leads_to_weights(tmp_path: Path) -> None:
     net = UlaeNet("release", channels=4)
     state = {k: v.int() for k, v in net.state_dict().items()}
@@ -337,6 +342,7 @@ def test_names_that_are_no_strings(tmp_path: Path) -> None:
 # Hints, followed
 
 
+@pytest.mark.follows("write it with ulae_rt.model.save_checkpoint(path, model, metadata)")
 def test_hint_for_a_bare_state_dict_of_this_project(tmp_path: Path) -> None:
     """It was to be saved so, by a hint that led to the next refusal."""
     model = UlaeNet(channels=4)
@@ -357,6 +363,7 @@ def test_hint_for_a_bare_state_dict_of_this_project(tmp_path: Path) -> None:
     assert load_model(tmp_path / "x.pth").channels == 4
 
 
+@pytest.mark.follows("save the tensors alone: of the released code's network give what torch.save")
 def test_hint_for_a_pickled_network(tmp_path: Path, released: plain.State) -> None:
     model = UlaeNet("release", 4)
     path = saved(model, tmp_path / "x.pth")
@@ -367,6 +374,104 @@ def test_hint_for_a_pickled_network(tmp_path: Path, released: plain.State) -> No
     assert load_model(path).variant == "release"
     save_checkpoint(path, model, model.metadata)  # this project's
     assert load_model(path).channels == 4
+
+
+@pytest.mark.follows(
+    "of the released code's network give what torch.save(model.state_dict(), path) writes, of this "
+    "project's what ulae_rt.model.save_checkpoint(path, model, metadata) writes"
+)
+@pytest.mark.parametrize("wrong", ["list", "two", "entry", "no channels"])
+def test_hint_for_a_file_of_something_else(
+    tmp_path: Path, released: plain.State, wrong: str
+) -> None:
+    nothing = {key: value[:0] for key, value in released.items()}
+    content = {
+        "list": [1, 2], "two": {"state_dict": released, "model": released},
+        "entry": {**released, "epoch": 3}, "no channels": nothing,
+    }  # fmt: skip
+    path = saved(content[wrong], tmp_path / "x.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_model(path)
+    assert caught.value.hint.startswith("of the released code's network give what torch.save(")
+    torch.save(released, path)
+    assert load_model(path).variant == "release"
+    model = UlaeNet("release", 4)
+    save_checkpoint(path, model, model.metadata)
+    assert load_model(path).channels == 4
+
+
+@pytest.mark.follows("give a file that `ulae-rt train` or ulae_rt.model.save_checkpoint wrote")
+def test_hint_for_tensors_of_somebody_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match="holds no 'ulae_rt' metadata") as caught:
+        load_model(path)
+    assert "ulae_rt.model.save_checkpoint wrote" in caught.value.hint
+    save_checkpoint(path, UlaeNet(channels=4), Metadata(channels=4))
+    assert load_model(path).channels == 4
+
+
+@pytest.mark.follows("open it with load_engine, or --engine")
+def test_hint_for_an_engine_given_as_weights(tmp_path: Path) -> None:
+    path = write_engine(tmp_path) / "ulae-net-fp32.onnx"
+    with pytest.raises(CheckpointError, match=r"got '\.onnx', which is an engine") as caught:
+        load_model(path)
+    assert caught.value.hint == "open it with load_engine, or --engine"
+    assert load_engine(path, device="cpu").precision == "fp32"
+
+
+@pytest.mark.follows("use --device cpu, or run `ulae-rt doctor` to see why")
+def test_hint_for_a_gpu_that_is_not_there(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailable, match="torch sees no CUDA device") as caught:
+        load_model(own, device="cuda")
+    assert "--device cpu" in caught.value.hint
+    assert main(["doctor"]) == 0
+    assert re.search("no  --device cuda +torch ", capsys.readouterr().out)
+    assert load_model(own, device="cpu").channels == 4
+
+
+@pytest.mark.follows("count from cuda:0; `ulae-rt doctor` lists them")
+def test_hint_for_a_gpu_that_is_one_too_many(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a machine with one; the network is not really moved there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    places: list[str] = []
+    to = UlaeNet.to
+
+    def moved(self: UlaeNet, *place: str, **options: Any) -> UlaeNet:
+        places.extend(place)
+        return to(self, **options) if options else self
+
+    monkeypatch.setattr(UlaeNet, "to", moved)
+    with pytest.raises(BackendUnavailable, match="torch sees 1 of them") as caught:
+        load_model(own, device="cuda:1")
+    assert "count from cuda:0" in caught.value.hint
+    assert main(["doctor"]) == 0
+    assert "torch for CUDA 13.0, 1 device(s)" in capsys.readouterr().out
+    load_model(own, device="cuda:0")
+    assert places == ["cuda:0"]
+
+
+@pytest.mark.follows("use --precision bf16 or fp32", "use --precision fp32")
+def test_hints_for_precisions_that_a_processor_has_not(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    with pytest.raises(BackendUnavailable) as caught:
+        load_model(own, precision="fp16")
+    assert caught.value.hint == "use --precision bf16 or fp32"
+    assert load_model(own, precision="bf16").feature_dtype == torch.bfloat16
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(BackendUnavailable) as caught:
+        load_model(own, precision="bf16")
+    assert caught.value.hint == "use --precision fp32"
+    assert load_model(own, precision="fp32").feature_dtype is None
 
 
 @pytest.mark.parametrize("device", [None, 3, b"cpu"])

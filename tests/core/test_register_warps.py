@@ -79,6 +79,38 @@ def test_the_fixed_image_goes_back_to_the_moving_one(folder, network, capsys):
     assert np.corrcoef(moved.ravel(), fixed.ravel())[0, 1] < 0.98  # it had been bent
 
 
+@pytest.mark.follows("give the inverse warp: register --inverse-warp writes it")
+def test_in_place_of_a_warp_s_inverse_there_is_one_to_give(folder, network, capsys):
+    files = [
+        word if len(word) < 3 else f"{folder}/{word}.nii.gz"
+        for word in ("-i", "fixed", "-r", "moving", "-o", "out")
+    ]
+    assert register(folder, "-w", "{dir}/warp.nii.gz") == 0
+    assert main(["apply", *files, "-t", f"[{folder}/warp.nii.gz,1]"]) == 2
+    assert "hint: give the inverse warp: register --inverse-warp" in capsys.readouterr().err
+    assert register(folder, "--overwrite", "--inverse-warp", "{dir}/back.nii.gz") == 0
+    assert main(["apply", *files, "-t", f"{folder}/back.nii.gz"]) == 0
+    assert values(folder / "out.nii.gz").max() > 100
+
+
+@pytest.mark.follows("give a dense displacement in NIfTI, as register -w writes")
+@pytest.mark.parametrize("wrong", ["an image", "colours"])
+def test_what_is_no_warp_is_one_once_register_writes_it(folder, network, capsys, wrong):
+    data = values(folder / "fixed.nii.gz")
+    if wrong == "colours":
+        data = np.zeros((*data.shape, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nib.save(nib.Nifti1Image(data, FIXED[1]), folder / "warp.nii.gz")
+    files = [
+        word if len(word) < 3 else f"{folder}/{word}.nii.gz"
+        for word in ("-i", "moving", "-r", "fixed", "-t", "warp", "-o", "out")
+    ]
+    assert main(["apply", *files]) == 1
+    assert "hint: give a dense displacement in NIfTI, as register -w" in capsys.readouterr().err
+    assert register(folder, "--overwrite", "-w", "{dir}/warp.nii.gz") == 0
+    assert main(["apply", *files]) == 0
+    assert values(folder / "out.nii.gz").max() > 100
+
+
 def test_the_error_there_and_back_is_what_scipy_finds(folder, network):
     result = Registrar(FakeNetwork(answer=bumps(1.2)), affine="com")(
         folder / "moving.nii.gz", folder / "fixed.nii.gz"

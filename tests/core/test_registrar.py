@@ -241,12 +241,33 @@ def test_weights_given_as_an_engine(weights, exported, scan, tmp_path, capsys):
 
 
 @pytest.mark.slow  # an export
-@pytest.mark.follows("export the engine again: ulae-rt export --weights FILE")
-def test_an_engine_of_another_grid_than_it_says(exported, scan, tmp_path, capsys, monkeypatch):
+@pytest.mark.follows(
+    "export the weights again: python -m ulae_rt.export --weights FILE --out DIR --overwrite"
+)
+def test_an_engine_of_another_grid_than_it_says(
+    weights, exported, scan, tmp_path, capsys, monkeypatch
+):
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "run", lambda *_: SimpleNamespace(disp=np.zeros((1, 3, 4, 4, 4))))
         assert register(scan, tmp_path, "--engine", str(exported)) == 1
     said = capsys.readouterr().err
     assert "the network returned a displacement of (3, 4, 4, 4)" in said
-    assert "hint: export the engine again: ulae-rt export --weights FILE" in said
+    hint = "python -m ulae_rt.export --weights FILE --out DIR --overwrite"
+    assert f"hint: export the weights again: {hint}" in said
+    line = ["--weights", str(weights), "--out", str(exported), "--overwrite", "--format", "onnx"]
+    assert main(["export", *line, "--precision", "fp32"]) == 0
     assert register(scan, tmp_path, "--engine", str(exported)) == 0
+
+
+@pytest.mark.slow  # an export
+@pytest.mark.follows("leave out --backend torch, or give --weights FILE in place of the engine")
+@pytest.mark.follows("make one with 'ulae-rt export' and give its folder: --engine DIR")
+def test_backends_and_what_they_run(weights, exported, scan, tmp_path, capsys):
+    engine, network = ("--engine", str(exported)), ("--weights", str(weights))
+    assert register(scan, tmp_path, *engine, "--backend", "torch") == 2
+    assert "hint: leave out --backend torch, or give --weights" in capsys.readouterr().err
+    assert register(scan, tmp_path, *engine) == 0
+    assert register(scan, tmp_path, *network, "--backend", "torch", "--overwrite") == 0
+    assert register(scan, tmp_path, *network, "--backend", "onnxruntime", "--overwrite") == 2
+    assert "hint: make one with 'ulae-rt export' and give its" in capsys.readouterr().err
+    assert register(scan, tmp_path, *engine, "--backend", "onnxruntime", "--overwrite") == 0

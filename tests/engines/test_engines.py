@@ -1,15 +1,18 @@
 """Engines: what they run, what they refuse, and what they do without."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 from _support.engines import SHAPE, edit, images, pretend_machine, write_engine
+from ulae_rt.cli import run_command
 from ulae_rt.engines import load_engine
 from ulae_rt.engines.machine import Gpu
 from ulae_rt.errors import BackendUnavailable, DtypeError, EngineMismatch, ShapeError, UsageError
@@ -297,10 +300,14 @@ def test_cuda_is_refused_where_the_runtime_has_none(folder, monkeypatch):
     assert load_engine(folder, device="auto").device == "cpu"
 
 
+@pytest.mark.follows("pip install onnxruntime (or onnxruntime-gpu in its place)")
 def test_missing_onnxruntime_is_one_sentence(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendUnavailable, match="onnxruntime cannot be imported"):
-        load_engine(folder)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(BackendUnavailable, match="onnxruntime cannot be imported") as caught:
+            load_engine(folder)
+    assert "pip install onnxruntime" in caught.value.hint
+    assert load_engine(folder).backend == "onnxruntime"  # it is installed
 
 
 def test_engines_run_without_torch_the_model_or_the_exporter(folder):
@@ -315,6 +322,7 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 import numpy as np
+from ulae_rt.cli import run_command
 from ulae_rt.engines import load_engine
 image = np.ones((1, 1, 4, 6, 5), np.float32)
 print(load_engine(sys.argv[1]).run(image, image).moved.max())
@@ -332,3 +340,21 @@ def test_manifest_survives_a_round_trip(folder):
     assert manifest.to_json() == path.read_text()
     assert manifest.metadata.shape == SHAPE
     assert manifest.errors[0].disp_p99 == 1e-5
+
+
+@pytest.mark.follows("`ulae-rt doctor` says what can run; an engine needs the versions it was")
+def test_hint_for_a_file_that_a_library_cannot_open(folder, capsys):
+    """As of another version: it opens what is of its own, which doctor names."""
+    write_engine(folder, precision="fp16")
+    (folder / "ulae-net-fp16.onnx").write_bytes(b"of a later version")
+    edit(folder / "ulae-net-fp16.json", artefact_sha256=sha256(b"of a later version"))
+    with pytest.raises(EngineMismatch, match="failed loading the model") as caught:
+        load_engine(folder, precision="fp16", device="cpu")
+    assert caught.value.hint.startswith("`ulae-rt doctor` says what can run")
+    assert run_command("doctor", ["--engine", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"onnxruntime {onnxruntime.__version__}" in said
+    assert re.search(r"ok  ulae-net-fp32\.onnx on cpu", said)
+    assert load_engine(folder / "ulae-net-fp32.onnx", device="cpu").run(*images())
+    write_engine(folder, precision="fp16")  # with the version that is here
+    assert load_engine(folder, precision="fp16", device="cpu").run(*images())

@@ -18,12 +18,14 @@ from _support.engines import (
     pretend_machine,
     write_engine,
 )
+from _support.nets import small_weights
 from ulae_rt.cli import run_command
 from ulae_rt.engines import load_engine, survey
 from ulae_rt.engines.backends import open_backend
 from ulae_rt.engines.machine import Gpu, gpus, machine_name
 from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
 from ulae_rt.manifest import ANY_BATCH, NOT_RUN, TOLERANCES, EngineMetadata, Manifest
+from ulae_rt.network import load_network
 
 H200 = Gpu("NVIDIA H200", 90)
 ADA = Gpu("NVIDIA L40S", 89)
@@ -216,6 +218,7 @@ def test_bytes_alone_are_opened_by_the_same_rules(tmp_path, libraries, monkeypat
     assert open_backend(model, content).device == "cpu"
 
 
+@pytest.mark.follows("install the one that built it (pip install torch=={}), or {}")
 def test_program_of_another_torch_is_refused(folder, libraries, monkeypatch):
     pretend_machine(monkeypatch)
     write_engine(folder, kind="pt2", target="cpu", versions={"torch": "2.13.1+cu130"})
@@ -228,6 +231,9 @@ def test_program_of_another_torch_is_refused(folder, libraries, monkeypatch):
     with pytest.raises(EngineMismatch) as caught:
         load_engine(folder)
     assert "(pip install torch==2.14.0)" in caught.value.hint
+    with monkeypatch.context() as patch:  # the hint
+        patch.setattr("ulae_rt.engines.machine._torch_version", lambda: "2.14.0+cpu")
+        assert order(folder) == [("fp32", "cpu")]
     edit(folder / "ulae-net-fp32.json", versions={})
     with pytest.raises(EngineMismatch) as caught:
         load_engine(folder)
@@ -354,6 +360,10 @@ def test_hint_for_two_networks_is_followed(folder, tmp_path):
     assert load_engine(folder).manifest.precision == "fp32"
 
 
+@pytest.mark.follows(
+    "use --backend auto or {}",
+    "ask for what is there, or export what is not; --backend and --precision auto",
+)
 def test_refusal_names_the_combination_and_what_is_there(folder, libraries, monkeypatch):
     fill(folder)
     pretend_machine(monkeypatch)
@@ -371,7 +381,8 @@ def test_refusal_names_the_combination_and_what_is_there(folder, libraries, monk
     assert load_engine(folder, backend="onnxruntime")
     with pytest.raises(EngineMismatch, match=r"is opened by onnxruntime, not by backend tensorrt"):
         load_engine(folder / "ulae-net-fp32.onnx", backend="tensorrt")
-    assert load_engine(folder / "ulae-net-fp32.onnx", backend="auto")
+    for backend in ("auto", "onnxruntime"):
+        assert load_engine(folder / "ulae-net-fp32.onnx", backend=backend)
 
 
 @pytest.mark.parametrize("device", [None, 3, b"cpu", ["cpu"]])
@@ -535,3 +546,46 @@ class Driver:
     def cuDeviceGetAttribute(self, value, attribute, index):
         value._obj.value = {75: 12, 76: 0}[attribute]
         return 0
+
+
+# Hints, followed
+
+
+@pytest.mark.follows("give the folder that export wrote; weights are opened with load_network")
+def test_hint_for_weights_given_as_an_engine(folder, tmp_path):
+    weights = small_weights(tmp_path / "w.safetensors")
+    with pytest.raises(EngineMismatch, match="is no engine, expected a folder") as caught:
+        load_engine(weights)
+    assert "weights are opened with load_network" in caught.value.hint
+    assert load_network(weights, device="cpu").precision == "fp32"
+    assert load_engine(write_engine(folder)).precision == "fp32"
+
+
+@pytest.mark.follows("take another engine of the folder, or --device cuda on a machine with such a")
+def test_hint_for_an_engine_of_a_gpu_on_the_cpu(folder, libraries, monkeypatch):
+    fill(folder)
+    pretend_machine(monkeypatch, gpus=(H200,))
+    plan = folder / "ulae-net-fp16-tensorrt.engine"
+    with pytest.raises(BackendUnavailable, match="is for GPUs") as caught:
+        load_engine(plan, device="cpu")
+    assert "take another engine of the folder, or --device cuda" in caught.value.hint
+    assert load_engine(folder / "ulae-net-fp32.onnx", device="cpu").device == "cpu"
+    assert order(plan, device="cuda") == [("fp16-tensorrt", "cuda:0")]
+
+
+@pytest.mark.follows(
+    "use an engine for the CPU (ONNX, or .pt2 for cpu); `ulae-rt doctor` lists the"
+)
+def test_hint_where_there_is_no_gpu(folder, libraries, monkeypatch, capsys):
+    fill(folder)
+    pretend_machine(monkeypatch)
+    monkeypatch.setattr("ulae_rt.doctor.shutil.which", lambda program: None)
+    for name in ("fp16-tensorrt.engine", "fp32.onnx"):
+        with pytest.raises(BackendUnavailable, match="needs GPU 0, and this machine") as caught:
+            load_engine(folder / f"ulae-net-{name}", device="cuda")
+        assert "`ulae-rt doctor` lists the GPUs" in caught.value.hint
+    assert run_command("doctor", ["--engine", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert re.search("no  GPU +none found", said)
+    assert re.search(r"ok  ulae-net-fp32-cpu\.pt2 on cpu", said)
+    assert load_engine(folder / "ulae-net-fp32.onnx", device="cpu").device == "cpu"

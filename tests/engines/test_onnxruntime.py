@@ -278,3 +278,70 @@ def test_auto_takes_the_cpu_where_the_gpu_fails_and_says_so(runtime, monkeypatch
     assert "cannot run the whole model on cuda:0" in caplog.text
     with pytest.raises(BackendUnavailable, match="cannot run the whole model on cuda:0"):
         load_engine(tmp_path, device="cuda")
+
+
+# Hints, followed
+
+
+@pytest.fixture
+def gpu(runtime, monkeypatch, tmp_path):
+    """A folder of an engine, on a machine with a GPU; on the CPU it is run for real."""
+    pretend_machine(monkeypatch, gpus=(Gpu("NVIDIA T4", 75),))
+    monkeypatch.setattr("onnxruntime.get_available_providers", runtime.get_available_providers)
+    on_gpu = runtime.InferenceSession
+
+    def session(content, options, providers, enable_fallback):
+        if providers == ["CPUExecutionProvider"]:
+            return onnxruntime.InferenceSession(content, providers=providers)
+        return on_gpu(content, options, providers, enable_fallback)
+
+    monkeypatch.setattr(runtime, "InferenceSession", session)
+    return write_engine(tmp_path)
+
+
+@pytest.mark.follows("close other programs, give fewer pairs at once, or take an engine of fp16")
+@pytest.mark.parametrize("remedy", ["others", "fp16", "smaller", "cpu"])
+def test_hint_for_a_full_gpu(gpu, runtime, remedy):
+    """Of which 2 pairs of fp32 are too many, and one or 2 of fp16 are not."""
+    write_engine(gpu, "ulae-net-fp32-b2", batch=2)
+    write_engine(gpu, "ulae-net-fp16-b2", batch=2, precision="fp16")
+    name, runtime.batch = "ulae-net-fp32-b2", 2
+    engine = load_engine(gpu / f"{name}.onnx", device="cuda")
+    runtime.out_of_memory = True
+    with pytest.raises(EngineMismatch, match="out of memory") as caught:
+        engine.run(*images(2))
+    assert caught.value.hint.startswith("close other programs, give fewer pairs at once, or take")
+    runtime.out_of_memory = False  # for what is tried now
+    name, pairs, device = {
+        "others": (name, 2, "cuda"),
+        "fp16": ("ulae-net-fp16-b2", 2, "cuda"), "smaller": ("ulae-net-fp32", 1, "cuda"),
+        "cpu": (name, 2, "cpu"),
+    }[remedy]  # fmt: skip
+    runtime.batch = 1 if remedy == "smaller" else runtime.batch
+    runtime.out_of_memory = remedy == "cpu"  # the GPU still is
+    moving, fixed = images(pairs)
+    found = load_engine(gpu / f"{name}.onnx", device=device).run(moving, fixed)
+    np.testing.assert_array_equal(found.moved, moving + fixed)
+
+
+@pytest.mark.follows("replace it: pip uninstall onnxruntime, then pip install onnxruntime-gpu")
+def test_hint_for_an_onnxruntime_of_the_cpu(gpu, runtime, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        with pytest.raises(BackendUnavailable, match="runs on the CPU only") as caught:
+            load_engine(gpu, device="cuda")
+    assert "pip uninstall onnxruntime, then pip install onnxruntime-gpu" in caught.value.hint
+    assert load_engine(gpu, device="cuda").device == "cuda:0"  # what that installs
+
+
+@pytest.mark.follows(
+    "install onnxruntime-gpu 1.25 or later with the CUDA and cuDNN it names, or use"
+)
+def test_hint_for_a_node_that_an_old_onnxruntime_puts_on_the_cpu(gpu, runtime):
+    runtime.on_cpu = ["GridSample"]
+    with pytest.raises(BackendUnavailable, match="cannot run the whole model") as caught:
+        load_engine(gpu, device="cuda")
+    assert "install onnxruntime-gpu 1.25 or later" in caught.value.hint
+    assert load_engine(gpu, device="cpu").device == "cpu"
+    runtime.on_cpu = []  # as 1.25 has it
+    assert load_engine(gpu, device="cuda").device == "cuda:0"

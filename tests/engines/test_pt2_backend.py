@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from _support.engines import SHAPE, make_manifest
+from _support.engines import SHAPE, make_manifest, write_engine
+from ulae_rt.cli import run_command
+from ulae_rt.engines import load_engine
 from ulae_rt.engines.backends.pt2 import Pt2Backend, _Captured
 from ulae_rt.errors import BackendUnavailable, EngineMismatch
 from ulae_rt.manifest import Manifest
@@ -171,3 +174,16 @@ def test_a_program_of_fixed_sizes_is_captured_once(
     runs = ["run", "synchronize"] * 2 if refuses else ["replay", "synchronize"] * 2
     assert cuda.calls == ["run", "synchronize", *([] if refuses else ["capture"]), *runs]
     assert ("runs without a CUDA graph" in caplog.text) == refuses
+
+
+@pytest.mark.follows("`ulae-rt doctor` says why; an ONNX engine runs on the CPU")
+def test_hint_for_a_gpu_that_torch_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailable) as caught:
+        Pt2Backend(b"", manifest(b""), "cuda:0")
+    assert caught.value.hint == "`ulae-rt doctor` says why; an ONNX engine runs on the CPU"
+    assert run_command("doctor", []) == 0
+    assert re.search("no  --device cuda +torch ", capsys.readouterr().out)
+    assert load_engine(write_engine(tmp_path), device="cpu").backend == "onnxruntime"

@@ -264,3 +264,72 @@ def test_views_reach_the_backend_in_one_piece(engine):
     moving, fixed = images()
     flipped = moving[..., ::-1]
     np.testing.assert_array_equal(engine.run(flipped, fixed).moved, flipped + fixed)
+
+
+# Hints, followed
+
+
+@pytest.mark.follows("{}.astype('float32')")
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.uint8])
+def test_hint_for_another_type(engine, dtype):
+    moving, fixed = images()
+    fixed = fixed.astype(dtype)
+    with pytest.raises(DtypeError) as caught:
+        engine.run(moving, fixed)
+    assert caught.value.hint == "fixed.astype('float32')"
+    assert engine.run(moving, eval(caught.value.hint, {"fixed": fixed})).moved.shape
+
+
+@pytest.mark.follows("{}.cpu()")
+def test_hint_for_an_image_on_a_gpu(engine):
+    moving, fixed = images()
+    there = OnGpu()
+    there.cpu = lambda: torch.from_numpy(moving)
+    with pytest.raises(DtypeError) as caught:
+        engine.run(there, fixed)
+    assert caught.value.hint == "moving.cpu()"
+    out = engine.run(eval(caught.value.hint, {"moving": there}), fixed)
+    np.testing.assert_array_equal(out.moved, moving + fixed)
+
+
+@pytest.mark.follows("give a float32 array; of a torch tensor {}.detach().float()")
+@pytest.mark.parametrize("options", [{"requires_grad": True}, {"dtype": torch.bfloat16}])
+def test_hint_for_a_tensor_that_is_no_array(engine, options):
+    moving = torch.full((1, 1, *SHAPE), 0.5, **options)
+    with pytest.raises(DtypeError) as caught:
+        engine.run(moving, images()[1])
+    code = caught.value.hint.rpartition("of a torch tensor ")[2]
+    assert code == "moving.detach().float()"
+    assert engine.run(eval(code, {"moving": moving}), images()[1]).moved.shape
+
+
+@pytest.mark.follows("open it again with load_engine")
+def test_hint_for_an_engine_that_was_closed(tmp_path):
+    engine = load_engine(write_engine(tmp_path), device="cpu")
+    engine.close()
+    with pytest.raises(UsageError, match="the engine is closed") as caught:
+        engine.run(*images())
+    assert caught.value.hint == "open it again with load_engine"
+    assert load_engine(tmp_path, device="cpu").run(*images()).moved.shape
+
+
+@pytest.mark.follows("close other programs, give fewer pairs at once, or take an engine of fp16")
+def test_hint_for_more_pairs_than_there_is_memory_for(engine, backend):
+    """The results of four fill it."""
+    run, held = backend.run, []
+
+    def filling(feeds):
+        if len(held) == 4:
+            raise MemoryError
+        held.append(feeds)
+        return run(feeds)
+
+    backend.run = filling
+    moving, fixed = images(6)
+    with pytest.raises(OutOfMemory, match="out of memory registering 6 pairs") as caught:
+        engine.run(moving, fixed)
+    assert "give fewer pairs at once" in caught.value.hint
+    for part in (slice(4), slice(4, 6)):
+        held.clear()
+        found = engine.run(moving[part], fixed[part])
+        np.testing.assert_array_equal(found.moved, moving[part] + fixed[part])

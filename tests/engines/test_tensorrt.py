@@ -7,12 +7,15 @@ the stream is waited for: a copy or a wait that is missing or misplaced gives wr
 import ctypes
 import enum
 import gc
+import re
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from _support.engines import SHAPE, images, pretend_machine, write_engine
+from ulae_rt.cli import run_command
 from ulae_rt.engines import Engine, load_engine
 from ulae_rt.engines.backends import cuda as cuda_module
 from ulae_rt.engines.backends import tensorrt as tensorrt_module
@@ -437,3 +440,30 @@ def test_members_are_those_the_real_library_has():
     said.log(library.ILogger.ERROR, "why")
     said.log(library.ILogger.WARNING, "not why")
     assert said.last == "why"
+
+
+# Hints, followed
+
+
+@pytest.mark.follows("use an engine for the CPU; `ulae-rt doctor` says what can run")
+def test_hint_where_there_is_no_driver(cuda, library, tmp_path, capsys):
+    cuda.fails["cudaGetDeviceCount"] = 0, Error.cudaErrorInsufficientDriver
+    with pytest.raises(BackendUnavailable, match="needs an NVIDIA GPU") as caught:
+        TensorRtBackend(b"a plan", "tensorrt", "cuda")
+    assert caught.value.hint == "use an engine for the CPU; `ulae-rt doctor` says what can run"
+    assert run_command("doctor", ["--engine", str(write_engine(tmp_path))]) == 0
+    assert re.search(r"ok  ulae-net-fp32\.onnx on cpu", capsys.readouterr().out)
+    assert load_engine(tmp_path, device="cpu").backend == "onnxruntime"
+
+
+@pytest.mark.follows("`ulae-rt doctor` lists them")
+def test_hint_for_a_gpu_that_is_one_too_many(cuda, library, monkeypatch, capsys):
+    with pytest.raises(BackendUnavailable, match="there are 1 GPUs") as caught:
+        TensorRtBackend(b"a plan", "tensorrt", "cuda:1")
+    assert caught.value.hint == "`ulae-rt doctor` lists them"
+    smi = subprocess.CompletedProcess([], 0, "NVIDIA H200, 143771, 9.0, 580.1\n")
+    monkeypatch.setattr("ulae_rt.doctor.shutil.which", lambda program: program)
+    monkeypatch.setattr("ulae_rt.doctor.subprocess.run", lambda *_, **__: smi)
+    assert run_command("doctor", []) == 0
+    assert len(re.findall("GPU(?: 0)? +NVIDIA H200", capsys.readouterr().out)) == 1
+    assert TensorRtBackend(b"a plan", "tensorrt", "cuda:0").device == "cuda:0"

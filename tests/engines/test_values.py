@@ -8,7 +8,7 @@ import torch
 
 from _support.engines import SHAPE, images, write_engine
 from _support.nets import SHAPE as NET_SHAPE
-from _support.nets import small_weights
+from _support.nets import small_net, small_weights
 from ulae_rt.engines import Engine, load_engine
 from ulae_rt.engines.session import RANGE_SLACK
 from ulae_rt.errors import EngineMismatch, IntensityError
@@ -142,6 +142,7 @@ def test_large_but_finite_results_pass(engine, backend):
     assert engine.run(*images()).disp.max() == np.float32(3e38)
 
 
+@pytest.mark.follows("normalise each scan as engine.metadata.normalisation says")
 def test_hint_for_the_scale_leads_to_a_result(engine):
     moving, fixed = images()
     with pytest.raises(IntensityError) as caught:
@@ -154,6 +155,7 @@ def test_hint_for_the_scale_leads_to_a_result(engine):
     engine.run(np.clip(image / np.float32(np.percentile(image, 99.9)), 0, 1), fixed)
 
 
+@pytest.mark.follows("find out where they come from; to take them for background: np.nan_to_num(")
 def test_hint_for_nan_leads_to_a_result(engine):
     moving, fixed = images()
     moving[0, 0, 0, 0, :2] = (np.nan, np.inf)
@@ -203,3 +205,19 @@ def test_the_checks_are_cheap():
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(20)) < 0.02
+
+
+@pytest.mark.follows("its weights give no numbers for these images: use others, or train again")
+def test_hint_for_weights_that_give_no_numbers(tmp_path):
+    net = small_net()
+    net.heads["3"].weight.data.fill_(3e38)  # finite, and infinite once they are summed
+    broken, others = tmp_path / "broken.safetensors", tmp_path / "others.safetensors"
+    image = torch.rand(2, 1, 1, *NET_SHAPE)
+    with (
+        load_network(small_weights(broken, net), device="cpu") as engine,
+        pytest.raises(EngineMismatch, match="NaN or infinite") as caught,
+    ):
+        engine.run(*image)
+    assert "use others, or train again" in caught.value.hint
+    with load_network(small_weights(others), device="cpu") as engine:
+        assert engine.run(*image).disp.any()

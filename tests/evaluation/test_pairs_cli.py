@@ -89,3 +89,29 @@ def test_a_list_is_not_replaced_unasked(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 0
     assert len(read_pairs(tmp_path / "pairs.csv")) == 2
+
+
+@pytest.mark.follows("give --scans instead")
+def test_label_maps_of_one_s_own_come_with_scans(tmp_path, capsys):
+    touch(tmp_path, "a_t1.nii.gz", "a_seg.nii.gz", "b_t1.nii.gz", "b_seg.nii.gz")
+    command = ["pairs", str(tmp_path), "-o", str(tmp_path / "pairs.csv")]
+    command += ["--label-maps", "{id}_seg.nii.gz"]
+    assert main([*command, "--protocol", "oasis"]) == 2
+    assert "hint: give --scans instead" in capsys.readouterr().err
+    assert main([*command, "--scans", "{id}_t1.nii.gz"]) == 0
+    assert read_pairs(tmp_path / "pairs.csv")[0].moving_labels == tmp_path / "a_seg.nii.gz"
+
+
+@pytest.mark.follows("check the folder, or give --scans with another pattern")
+@pytest.mark.parametrize(
+    ("folder", "pattern"), [("data", "{id}_t1.nii.gz"), (".", "data/{id}_t1.nii.gz")]
+)
+def test_a_folder_without_scans_is_another_or_they_are_called_otherwise(
+    tmp_path, capsys, folder, pattern
+):
+    touch(tmp_path / "data", "a_t1.nii.gz", "b_t1.nii.gz")
+    out = ["-o", str(tmp_path / "pairs.csv"), "--scans"]
+    assert main(["pairs", str(tmp_path), *out, "{id}_t1.nii.gz"]) == 1
+    assert "hint: check the folder, or give --scans with another" in capsys.readouterr().err
+    assert main(["pairs", str(tmp_path / folder), *out, pattern]) == 0
+    assert len(read_pairs(tmp_path / "pairs.csv")) == 2

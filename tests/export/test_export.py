@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -351,3 +352,22 @@ def test_module_runs_as_a_command():
     )
     assert "--weights" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast")
+@pytest.mark.follows("--tolerance {}={} lets it pass")
+def test_an_artefact_that_is_off_passes_with_the_tolerances_of_its_hints(
+    tmp_path, monkeypatch, protos, capsys
+):
+    """Each names the one that was exceeded first."""
+    weights = small_weights(tmp_path / "w.safetensors")
+    monkeypatch.setattr(exporter, "onnx_from_model", _damage(protos, "model.heads.3.weight", 1.1))
+    command = ["--weights", str(weights), "--out", str(tmp_path / "engine"), *FP32]
+    given: dict[str, str] = {}
+    while run_command("export", [*command, *(f"--tolerance={n}={v}" for n, v in given.items())]):
+        name, value = re.search(r"--tolerance (\w+)=(\S+) lets it pass", errors(capsys)[1]).groups()
+        assert float(value) > float(given.get(name, 0))
+        given[name] = value
+    assert given
+    assert load_engine(tmp_path / "engine").manifest.status == VERIFIED

@@ -7,14 +7,33 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from scipy.ndimage import zoom
 
-from _support.engines import edit, make_manifest, measured, write_engine
+from _support import engines as support
+from _support.engines import (
+    edit,
+    graph,
+    make_manifest,
+    measured,
+    pretend_machine,
+    write_engine,
+)
 from _support.nets import small_net, small_weights
 from ulae_rt.cli import run_command
 from ulae_rt.engines import load_engine, survey
-from ulae_rt.errors import EngineMismatch, EquivalenceError, ExportError, OutputError
+from ulae_rt.engines.machine import Gpu
+from ulae_rt.errors import (
+    BackendUnavailable,
+    EngineMismatch,
+    EquivalenceError,
+    ExportError,
+    OutputError,
+    ShapeError,
+)
 from ulae_rt.export import exporter
 from ulae_rt.export.config import TOLERANCES, ExportConfig
 from ulae_rt.export.report import report_of
@@ -159,6 +178,7 @@ def test_sign_flips_pass_by_rate_or_by_number(flips, voxels, options, passes):
 # One network a folder
 
 
+@pytest.mark.follows("give another --out, or remove them")
 @pytest.mark.usefixtures("fake")
 def test_folder_is_looked_at_again_when_files_are_renamed(tmp_path, weights, other, monkeypatch):
     """While one export builds, another one of other weights has written."""
@@ -237,6 +257,7 @@ def test_two_exports_of_one_artefact_do_not_replace_each_other(tmp_path, weights
     assert "is there already" in str(refused[0])
 
 
+@pytest.mark.follows("give another --out, or remove that file")
 @pytest.mark.usefixtures("fake")
 def test_unreadable_manifest_that_is_replaced_is_no_hindrance(tmp_path, weights, capsys):
     out = tmp_path / "engine"
@@ -336,6 +357,7 @@ def served(folder, name, weights_sha256="a" * 64, grid=(16, 32, 16)):
     return path, manifest
 
 
+@pytest.mark.follows("give another --triton-repository, or remove it")
 @pytest.mark.parametrize("change", [{"weights_sha256": "b" * 64}, {"grid": (32, 32, 16)}])
 def test_repository_of_two_networks_is_refused(tmp_path, change):
     repository = tmp_path / "models"
@@ -389,8 +411,15 @@ def test_report_has_the_tolerance(tmp_path):
 # Hints, followed
 
 
+@pytest.mark.follows(
+    "export the weights again: python -m ulae_rt.export --weights FILE --out DIR --overwrite",
+    "another version of ulae_rt wrote it; export the weights again",
+    "a newer version of ulae_rt wrote it; install that version, or export",
+)
 @pytest.mark.usefixtures("fake")
-@pytest.mark.parametrize("damage", ["artefact", "manifest", "old", "no-artefact", "changed"])
+@pytest.mark.parametrize(
+    "damage", ["artefact", "manifest", "old", "newer", "no-artefact", "changed"]
+)
 def test_hint_to_export_again_mends_the_folder(tmp_path, weights, capsys, damage):
     out = tmp_path / "engine"
     options = ("--weights", weights, "--out", out, "--format", "onnx", "--precision", "fp32")
@@ -403,7 +432,8 @@ def test_hint_to_export_again_mends_the_folder(tmp_path, weights, capsys, damage
     elif damage == "manifest":
         manifest.write_text("{")
     else:
-        edit(manifest, **({"format_version": 2} if damage == "old" else {"target": "sm90"}))
+        changes = {"old": {"format_version": 2}, "newer": {"precision": "int4"}}
+        edit(manifest, **changes.get(damage, {"target": "sm90"}))
     with pytest.raises(EngineMismatch) as caught:
         load_engine(out)
     assert "--weights FILE --out DIR --overwrite" in caught.value.hint
@@ -413,6 +443,7 @@ def test_hint_to_export_again_mends_the_folder(tmp_path, weights, capsys, damage
     assert sha256(artefact.read_bytes()) == Manifest.read(manifest).artefact_sha256
 
 
+@pytest.mark.follows("pass --overwrite, or another --out")
 @pytest.mark.usefixtures("fake")
 def test_hint_for_a_file_that_is_there(tmp_path, weights, capsys):
     options = ("--weights", weights, "--format", "onnx", "--precision", "fp32", "--out")
@@ -436,3 +467,119 @@ def test_failure_on_a_grid_with_two_coarsest_voxels_says_so(tmp_path, weights, c
     assert "coarsest" not in err
     FAILING.clear()
     assert run(capsys, *options, "--shape", 32, 32, 16)[0] == 0
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.follows("give another --out")
+@pytest.mark.parametrize("what", ["ulae-net-fp32.onnx", "ulae-net-fp32.json"])
+def test_hint_for_a_folder_in_the_place_of_a_file(tmp_path, weights, capsys, what):
+    options = ("--weights", weights, "--format", "onnx", "--precision", "fp32", "--out")
+    (tmp_path / "engine" / what).mkdir(parents=True)
+    status, _, err = run(capsys, *options, tmp_path / "engine")
+    assert (status, "hint: give another --out\n" in err) == (1, True)
+    assert run(capsys, *options, tmp_path / "another")[0] == 0
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.follows("free some space or give another --out")
+def test_hint_for_a_full_disk(tmp_path, weights, capsys, monkeypatch):
+    out, write = tmp_path / "engine", Path.write_bytes
+    options = ("--weights", weights, "--format", "onnx", "--precision", "fp32", "--out")
+
+    def full(self, content):
+        if out in self.parents:
+            raise OSError(28, "No space left on device", str(self))
+        return write(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        status, _, err = run(capsys, *options, out)
+        assert (status, "hint: free some space or give another --out\n" in err) == (1, True)
+        assert run(capsys, *options, tmp_path / "another")[0] == 0
+    assert run(capsys, *options, out)[0] == 0  # there is space now
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.follows("e.g. --batch 1 4 8")
+def test_hint_for_a_batch_that_is_none(tmp_path, weights, capsys):
+    options = ("--weights", weights, "--out", tmp_path / "engine", "--format", "onnx", "--batch")
+    status, _, err = run(capsys, *options, "many")
+    assert (status, "hint: e.g. --batch 1 4 8\n" in err) == (2, True)
+    assert run(capsys, *options, 1, 4, 8)[0] == 0
+    assert (tmp_path / "engine" / "ulae-net-fp32-b8.onnx").is_file()
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.follows("add --format onnx, or --format tensorrt on the server's GPU")
+def test_hint_for_a_repository_of_nothing(tmp_path, weights, capsys, monkeypatch):
+    monkeypatch.setattr("ulae_rt.export.plan.tensorrt.missing", lambda *_: None)
+    options = ["--weights", weights, "--format", "pt2", "--target", "cpu", "--dry-run"]
+    options += ["--out", tmp_path / "engine", "--triton-repository", tmp_path / "models"]
+    status, _, err = run(capsys, *options)
+    assert (status, "hint: add --format onnx, or --format tensorrt on" in err) == (2, True)
+    assert run(capsys, *options, "--format", "onnx")[0] == 0
+    monkeypatch.setattr("ulae_rt.export.plan.pt2.missing", lambda *_: None)
+    assert run(capsys, *options, "--format", "tensorrt", "--target", "sm90")[0] == 0
+
+
+@pytest.fixture
+def summed(fake, monkeypatch):
+    """The graph of `_support.engines` in place of the network's, of whatever was asked for."""
+
+    def build(network, item, config):
+        monkeypatch.setattr(support, "SHAPE", network.shape)
+        return exporter._Built(graph(item.batch), {}, {"tensorrt_rtx": "1.7.1.116"})
+
+    monkeypatch.setattr(exporter, "_build", build)
+
+
+@pytest.mark.usefixtures("summed")
+@pytest.mark.follows("resample to its grid (engine.metadata), or export with --shape")
+def test_hint_for_images_of_another_grid(tmp_path, weights, capsys):
+    options = ("--weights", weights, "--format", "onnx", "--precision", "fp32", "--out")
+    assert run(capsys, *options, tmp_path / "engine")[0] == 0
+    moving, fixed = np.random.default_rng(0).random((2, 1, 1, 48, 48, 32), dtype=np.float32)
+    engine = load_engine(tmp_path / "engine", device="cpu")
+    with pytest.raises(ShapeError, match=r"expected \(1, 1, 32, 48, 32\)") as caught:
+        engine.run(moving, fixed)
+    assert "resample to its grid (engine.metadata), or export with --shape" in caught.value.hint
+    factors = np.divide((1, 1, *engine.metadata.shape), moving.shape)
+    assert engine.run(zoom(moving, factors, order=1), zoom(fixed, factors, order=1)).disp.any()
+    assert run(capsys, *options, tmp_path / "another", "--shape", 48, 48, 32)[0] == 0
+    assert load_engine(tmp_path / "another", device="cpu").run(moving, fixed).disp.any()
+
+
+@pytest.mark.usefixtures("summed")
+@pytest.mark.follows("fill up with pairs that are there already, or export with --batch 1")
+def test_hint_for_pairs_that_do_not_fill_a_batch(tmp_path, weights, capsys):
+    options = ("--weights", weights, "--format", "onnx", "--precision", "fp32", "--out")
+    assert run(capsys, *options, tmp_path / "engine", "--batch", 4)[0] == 0
+    moving, fixed = np.random.default_rng(0).random((2, 6, 1, 32, 48, 32), dtype=np.float32)
+    engine = load_engine(tmp_path / "engine", device="cpu")
+    with pytest.raises(ShapeError, match="expected a multiple of 4") as caught:
+        engine.run(moving, fixed)
+    assert "fill up with pairs that are there already, or" in caught.value.hint
+    filled = [np.concatenate([images, images[:2]]) for images in (moving, fixed)]
+    disp = engine.run(*filled).disp[:6]
+    assert run(capsys, *options, tmp_path / "another", "--batch", 1)[0] == 0
+    alone = load_engine(tmp_path / "another", device="cpu").run(moving, fixed).disp
+    np.testing.assert_array_equal(disp, alone)
+
+
+@pytest.mark.usefixtures("summed")
+@pytest.mark.follows("export for this GPU: --target sm{}")
+def test_hint_for_an_engine_of_another_gpu(tmp_path, weights, capsys, monkeypatch):
+    """A TensorRT-RTX engine is built without a GPU."""
+    monkeypatch.setattr("ulae_rt.export.plan.tensorrt.missing", lambda *_: None)
+    library = SimpleNamespace(__version__="1.7.1.116")
+    monkeypatch.setattr("ulae_rt.engines.machine.require", lambda module, extra: library)
+    options = ("--weights", weights, "--format", "tensorrt-rtx", "--out", tmp_path / "engine")
+    assert run(capsys, *options, "--target", "sm120")[0] == 0
+    pretend_machine(monkeypatch, gpus=(Gpu("NVIDIA L40S", 89),))
+    with pytest.raises(BackendUnavailable, match="was built for sm120") as caught:
+        load_engine(tmp_path / "engine")
+    flags = caught.value.hint.partition(": ")[2].split()
+    assert flags == ["--target", "sm89"]
+    assert run(capsys, *options, *flags)[0] == 0
+    chosen = survey(tmp_path / "engine")[0]
+    assert (chosen.refusal, chosen.manifest.target) == (None, "sm89")

@@ -124,6 +124,14 @@ def test_a_named_format_that_cannot_be_made_is_an_error_and_not_left_out(monkeyp
         plan(ExportConfig(formats=("tensorrt-rtx",), targets=("sm89",)))
 
 
+@pytest.mark.follows(
+    "e.g. --format tensorrt-rtx --target sm89",
+    "leave out --batch dynamic, or take --precision fp32 or fp16",
+    "leave it out, or add --format tensorrt-rtx --target sm80",
+    "name the GPU's architecture: --target sm80, sm86, sm89 or sm120",
+    "leave out --precision to get what pays in each format",
+    "name the sizes: --batch 1 2 4 8",
+)
 @pytest.mark.parametrize(
     ("options", "hint", "followed"),
     [
@@ -155,6 +163,9 @@ def test_a_named_format_that_cannot_be_made_is_an_error_and_not_left_out(monkeyp
             {"formats": ("tensorrt-rtx",), "targets": ("sm80", "sm86", "sm89", "sm120")},
         ),
         ({"formats": ("onnx",), "precisions": ("bf16",)}, "--precision", {"formats": ("onnx",)}),
+        ({"formats": ("plan",)}, "leave it out", {}),
+        ({"formats": ("plan",)}, "or give one of them", {"formats": ("onnx",)}),
+        ({"tolerances": {"disp_max": -1.0}}, "leave it out to have the standard one", {}),
         (
             {"formats": ("pt2",), "batches": (ANY_BATCH,)},
             "--batch 1 2 4 8",
@@ -169,6 +180,7 @@ def test_hints_lead_to_a_plan(options, hint, followed):
     assert names(**followed)
 
 
+@pytest.mark.follows("leave it out, or add --format tensorrt on a machine with the GPU")
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("option", ["compatibility", "timing_cache"])
 def test_hint_for_tensorrt_is_right_on_such_a_machine(option):

@@ -89,6 +89,7 @@ def test_a_program_does_not_depend_on_this_machines_cores(monkeypatch: pytest.Mo
     assert nodes() == one
 
 
+@pytest.mark.follows("export on a machine with a GPU of {}; --target cpu and ONNX need none")
 def test_what_a_gpu_is_compiled_for_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pt2.missing("cpu") is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -101,6 +102,9 @@ def test_what_a_gpu_is_compiled_for_is_missing(monkeypatch: pytest.MonkeyPatch) 
     assert lacking is not None
     assert lacking.message == "this machine's GPU is sm89, and sm90 was asked for"
     assert pt2.missing("sm89") is None
+    assert lacking.hint == "export on a machine with a GPU of sm90; --target cpu and ONNX need none"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))  # the hint
+    assert pt2.missing("sm90") is None
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ TensorRT itself needs a GPU: its part is run with TensorRT-RTX in its place.
 
 import json
 import logging
+import re
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import tensorrt_rtx
 
 from _support.nets import small_net
+from _support.project import pyproject
 from ulae_rt.engines.backends.tensorrt import library_logger
 from ulae_rt.engines.machine import TENSORRT_MODULES, Gpu
 from ulae_rt.errors import BackendUnavailable, ExportError, UsageError
@@ -240,6 +242,7 @@ def stand_in(name, version):
     return module
 
 
+@pytest.mark.follows("pip install --upgrade 'ulae-rt[{}]'")
 @pytest.mark.parametrize(
     ("kind", "version", "oldest"),
     [
@@ -254,7 +257,12 @@ def test_library_that_is_too_old_is_told(monkeypatch, kind, version, oldest):
     monkeypatch.setitem(sys.modules, name, stand_in(name, version))
     reason = missing(kind, "sm89")
     assert f"is {version}, expected {oldest} or later" in reason.message
-    assert "--upgrade" in reason.hint
+    assert reason.hint == f"pip install --upgrade 'ulae-rt[{kind}]'"
+    # What that installs at least.
+    extra = pyproject()["project"]["optional-dependencies"][kind]
+    (least,) = [re.search(r">=([\d.]+)", each)[1] for each in extra if each.startswith(kind)]
+    monkeypatch.setitem(sys.modules, name, stand_in(name, f"{least}.0.1"))
+    assert tensorrt._missing_library(kind) is None
 
 
 @pytest.fixture

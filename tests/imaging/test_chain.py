@@ -282,6 +282,7 @@ def test_composites_with_fmriprep_s_affines(tmp_path):
     assert_as_itk(tmp_path / "d.h5", moved)
 
 
+@pytest.mark.follows("write each into a file of its own, and name them with a -t each")
 @pytest.mark.parametrize("suffix", ["txt", "tfm", "mat", "h5"])
 @pytest.mark.parametrize("count", [2, 5])
 def test_several_transforms_in_a_file_are_refused_and_the_hint_works(
@@ -429,3 +430,84 @@ def test_hdf5_without_parts_or_parameters(tmp_path):
     path = save_hdf5(tmp_path / "n.h5", [(AFFINE_3, NUMBERS[:-1] + "nan", "0 0 0")])
     with pytest.raises(ImageError, match="has NaN or Inf"):
         read_transform(str(path), REFERENCE)
+
+
+def assert_moves_by(path, matrix):
+    """Every point of the reference goes where ``matrix`` (4, 4), RAS mm, takes it."""
+    points = world(SHAPE, AFFINE)
+    expected = points @ matrix[:3, :3].T + matrix[:3, 3] - points
+    assert_arrays_close(path.name, displacement(path), expected, TOL["displacement float32"])
+
+
+def save_as_itk(path, matrix):
+    """A matrix in RAS mm, fixed to moving, as the programs of a hint write it."""
+    signs = np.diag([-1.0, -1, 1, 1])
+    lps = signs @ matrix @ signs
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(lps[:3, :3].ravel().tolist())
+    transform.SetTranslation(lps[:3, 3].tolist())
+    sitk.WriteTransform(transform, str(path))
+    return path
+
+
+TURN = np.array(
+    [[0.99, -0.1, 0.02, 3], [0.1, 0.98, 0.01, -2], [-0.02, 0.03, 1.01, 1], [0, 0, 0, 1]]
+)
+
+
+def rows(matrix):
+    return "\n".join(" ".join(map(str, row)) for row in matrix)
+
+
+def fsl_mm(shape, affine):
+    """From FSL's millimetres, whose first axis grows to the left, to RAS mm."""
+    scale = np.diag([*np.linalg.norm(affine[:3, :3], axis=0), 1])
+    if np.linalg.det(affine[:3, :3]) > 0:
+        scale = np.diag([-1.0, 1, 1, 1]) @ scale
+        scale[0, 3] = -scale[0, 0] * (shape[0] - 1)
+    return affine @ np.linalg.inv(scale)
+
+
+@pytest.mark.follows("give an ITK or ANTs transform; FSL's and FreeSurfer's matrices are converted")
+def test_a_matrix_of_fsl_is_converted(tmp_path):
+    """As `c3d_affine_tool -ref FIXED -src MOVING flirt.mat -fsl2ras -oitk` does."""
+    shape, affine = (9, 8, 7), np.diag([1.5, 1, 2, 1])  # of the moving image
+    to_moving, to_fixed = fsl_mm(shape, affine), fsl_mm(SHAPE, AFFINE)
+    path = tmp_path / "flirt.mat"
+    path.write_text(rows(np.linalg.inv(np.linalg.inv(to_moving) @ TURN @ to_fixed)))
+    with pytest.raises(ImageError, match="is not a readable ITK transform") as caught:
+        read_transform(str(path), REFERENCE)
+    assert "are converted with c3d_affine_tool" in caught.value.hint
+    flirt = np.loadtxt(path)
+    itk = save_as_itk(
+        tmp_path / "itk.mat", to_moving @ np.linalg.inv(flirt) @ np.linalg.inv(to_fixed)
+    )
+    assert_moves_by(itk, TURN)
+
+
+@pytest.mark.follows("convert it first, e.g. with mri_warp_convert, c3d_affine_tool or wb_command")
+def test_an_lta_of_freesurfer_is_converted(tmp_path):
+    """RAS to RAS, moving to fixed."""
+    path = tmp_path / "t.lta"
+    path.write_text(f"type = 1\nnxforms = 1\n1 4 4\n{rows(np.linalg.inv(TURN))}\n")
+    with pytest.raises(UsageError, match="is no kind of transform that is known") as caught:
+        read_transform(str(path), REFERENCE)
+    assert "convert it first" in caught.value.hint
+    lta = np.loadtxt(path.read_text().splitlines()[3:])
+    assert_moves_by(save_as_itk(tmp_path / "itk.txt", np.linalg.inv(lta)), TURN)
+
+
+@pytest.mark.follows("make it ITK's: lta_convert --inmni FILE --outitk OUT.txt")
+def test_a_transform_of_minc_is_converted(tmp_path):
+    """RAS mm, moving to fixed, as lta_convert reads it."""
+    path = tmp_path / "talairach.xfm"
+    path.write_text(
+        "MNI Transform File\n% tal_avi\n\nTransform_Type = Linear;\nLinear_Transform =\n"
+        f"{rows(np.linalg.inv(TURN)[:3])};\n"
+    )
+    with pytest.raises(ImageError, match="of MINC or FreeSurfer in RAS mm") as caught:
+        read_transform(str(path), REFERENCE)
+    assert "lta_convert --inmni FILE --outitk OUT.txt" in caught.value.hint
+    lines = path.read_text().rstrip(";\n").splitlines()[-3:]
+    xfm = np.vstack([np.loadtxt(lines), [0, 0, 0, 1]])
+    assert_moves_by(save_as_itk(tmp_path / "itk.txt", np.linalg.inv(xfm)), TURN)

@@ -3,10 +3,12 @@
 import gzip
 import logging
 import os
+import subprocess
 import threading
 from pathlib import Path
 
 import nibabel as nib
+import nibabel.processing
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -133,6 +135,15 @@ def damaged_gzip(p):
     return patched(path, 9000, b"\xff" * 500)
 
 
+def damaged_at_its_begin(p):
+    """Where the header is packed, with what says it is a NIfTI."""
+    raw = bytearray(save(p / "b.nii").read_bytes())
+    packed = bytearray(gzip.compress(bytes(raw), mtime=0))
+    packed[20:60] = b"\xff" * 40
+    (p / "a.nii.gz").write_bytes(packed)
+    return p / "a.nii.gz"
+
+
 def nan(p):
     data = DATA.astype(np.float32)
     data[1, 2, 3] = np.nan
@@ -189,6 +200,7 @@ TINY = [[1e-4, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
         (truncated_header, ImageError, "truncated or damaged|not a readable"),
         (truncated_plain, ImageError, "truncated or damaged"),
         (damaged_gzip, ImageError, "truncated or damaged"),
+        (damaged_at_its_begin, ImageError, "truncated or damaged"),
         (nan, ImageError, "has 2 NaN or Inf voxels of 504"),
         (colour, ImageError, "colour voxels"),
         (lambda p: save(p / "a.nii", DATA.astype(np.complex64)), ImageError, "complex64 voxels"),
@@ -381,6 +393,7 @@ def write(outputs, path, content):
     outputs.temporary(path).write_bytes(content)
 
 
+@pytest.mark.follows("give --overwrite to replace it")
 def test_of_two_writers_the_second_is_told_and_loses_nothing_of_the_first(tmp_path):
     places = [tmp_path / "a.nii", tmp_path / "b.nii"]
     with Outputs(places, overwrite=False) as first, Outputs(places, overwrite=False) as second:
@@ -468,3 +481,93 @@ def test_long_names_are_written_or_refused_before_work(tmp_path):
     assert name.read_bytes() == b"new"
     with pytest.raises(OutputError, match="cannot be written: File name too long"):
         check_output(tmp_path / f"{'a' * 250}.nii.gz", overwrite=False)
+
+
+@pytest.mark.follows("set it with nibabel's set_sform, fslorient or 3drefit")
+@pytest.mark.parametrize(
+    "make", [no_affine, with_sform(NAN_ROW), with_sform(SINGULAR), with_sform(TINY)]
+)
+def test_an_affine_that_is_none_is_set_with_nibabel(tmp_path, make):
+    path = make(tmp_path)
+    with pytest.raises(GeometryError) as caught:
+        read_volume(path)
+    assert "set it with nibabel's set_sform" in caught.value.hint
+    image = nib.load(path)
+    image.set_sform(AFFINE, code=1)
+    nib.save(image, tmp_path / "set.nii.gz")
+    volume = read_volume(tmp_path / "set.nii.gz")
+    assert np.array_equal(volume.affine, AFFINE)
+    assert np.array_equal(volume.data, DATA)
+
+
+@pytest.mark.follows(
+    "resample it to an orthogonal grid first, e.g. with nibabel.processing.resample_to_output"
+)
+def test_a_sheared_affine_is_resampled_with_nibabel(tmp_path):
+    path = with_sform(SHEARED)(tmp_path)
+    with pytest.raises(GeometryError, match="sheared") as caught:
+        read_volume(path)
+    assert "nibabel.processing.resample_to_output" in caught.value.hint
+    straight = nib.processing.resample_to_output(nib.load(path), (1, 1, 1), order=1)
+    nib.save(straight, tmp_path / "straight.nii.gz")
+    assert read_volume(tmp_path / "straight.nii.gz").data.max() > 100
+
+
+@pytest.mark.follows("extract one frame first, e.g. with fslroi or nibabel's four_to_three")
+def test_one_frame_of_several_is_extracted_with_nibabel(tmp_path):
+    path = save(tmp_path / "a.nii.gz", np.stack([DATA, DATA + 1], 3))
+    with pytest.raises(ImageError, match="expected one 3-D volume") as caught:
+        read_volume(path)
+    assert "four_to_three" in caught.value.hint
+    nib.save(nib.four_to_three(nib.load(path))[1], tmp_path / "frame.nii.gz")
+    assert np.array_equal(read_volume(tmp_path / "frame.nii.gz").data, DATA + 1)
+
+
+@pytest.mark.follows("replace them, e.g. with numpy.nan_to_num, once you know where they come from")
+def test_values_that_are_none_are_replaced_with_numpy(tmp_path):
+    path = nan(tmp_path)
+    with pytest.raises(ImageError, match="2 NaN or Inf") as caught:
+        read_volume(path)
+    assert "numpy.nan_to_num" in caught.value.hint
+    image = nib.load(path)
+    data = np.nan_to_num(image.get_fdata(dtype=np.float32), posinf=0, neginf=0)
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    assert np.count_nonzero(read_volume(path).data != DATA) <= 2
+
+
+@pytest.mark.follows("copy or download it again; 'gzip -t' says whether it is whole")
+@pytest.mark.parametrize("make", [truncated_gzip, damaged_gzip, damaged_at_its_begin])
+def test_a_damaged_file_is_found_out_by_gzip_and_copied_again(tmp_path, make):
+    path = make(tmp_path)
+    with pytest.raises(ImageError, match="truncated or damaged") as caught:
+        read_volume(path)
+    assert "'gzip -t' says whether it is whole" in caught.value.hint
+    check = ["gzip", "-t", str(path)]
+    assert subprocess.run(check, capture_output=True).returncode != 0
+    save(path)  # as a second copy would be
+    assert subprocess.run(check).returncode == 0
+    assert np.array_equal(read_volume(path).data, DATA)
+
+
+def test_a_damaged_file_that_is_not_packed_has_nothing_for_gzip_to_test(tmp_path):
+    with pytest.raises(ImageError, match="truncated or damaged") as caught:
+        read_volume(truncated_plain(tmp_path))
+    assert caught.value.hint == "copy or download it again"
+
+
+@pytest.mark.follows("convert it first, e.g. with mri_convert or dcm2niix")
+@pytest.mark.follows("give a NIfTI-1 or NIfTI-2 file; convert other formats first")
+@pytest.mark.parametrize(("name", "message"), [("a.mgz", "is not named"), ("a.nii", "readable")])
+def test_a_file_of_freesurfer_is_converted(tmp_path, name, message):
+    """As it is called, and under another name; nibabel does what mri_convert does."""
+    mgh = tmp_path / "as it was.mgz"
+    nib.save(nib.MGHImage(DATA.astype(np.float32), AFFINE), mgh)
+    content = mgh.read_bytes()
+    path = tmp_path / name
+    path.write_bytes(content if name.endswith("mgz") else gzip.decompress(content))
+    with pytest.raises(ImageError, match=message) as caught:
+        read_volume(path)
+    assert "with mri_convert" in caught.value.hint
+    image = nib.load(mgh)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), tmp_path / "b.nii.gz")
+    assert np.array_equal(read_volume(tmp_path / "b.nii.gz").data, DATA)

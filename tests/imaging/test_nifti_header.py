@@ -115,6 +115,7 @@ def run(hint):
     subprocess.run(hint.partition(": ")[2], shell=True, check=True)
 
 
+@pytest.mark.follows("unpack it once: gzip -dc")
 @pytest.mark.parametrize("folder", ["plain", "with a space"])
 def test_a_name_that_hides_the_packing_is_said_and_the_hint_works(tmp_path, folder):
     place = tmp_path / folder
@@ -158,6 +159,9 @@ def test_a_name_that_is_too_long_is_said(tmp_path):
 LARGE = 2**53
 
 
+@pytest.mark.follows(
+    "number its labels from 1, e.g. with numpy.unique(labels, return_inverse=True)",
+)
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64])
 @SUFFIXES
 def test_labels_that_double_precision_would_change(tmp_path, dtype, suffix):
@@ -191,6 +195,7 @@ def test_values_beyond_single_precision_are_refused_without_a_word_of_numpy(tmp_
         read_volume(tmp_path / "a.nii")
 
 
+@pytest.mark.follows("write it again with the tool that made it, e.g. as mri_convert IN OUT")
 def test_the_hints_for_scaling_pixdim_and_damage_work(tmp_path):
     """What each asks for, done with nibabel."""
     path = save(tmp_path / "a.nii", scl_slope=0, scl_inter=10)
@@ -218,6 +223,7 @@ def test_the_hints_for_scaling_pixdim_and_damage_work(tmp_path):
         np.testing.assert_array_equal(read_volume(save(path)).data, DATA)
 
 
+@pytest.mark.follows("make it: mkdir -p {}")
 def test_the_hint_for_a_folder_that_is_not_there_works(tmp_path):
     from ulae_rt.imaging.nifti import check_output
 

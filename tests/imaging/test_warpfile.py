@@ -244,6 +244,7 @@ def test_spm_s_mapping_is_positions_whatever_it_holds(tmp_path):
         read_warp(path)
 
 
+@pytest.mark.follows("give it that intent, e.g. nifti_tool -mod_hdr")
 def test_a_file_of_afni_s_is_named_and_the_hint_works(tmp_path):
     """3dQwarp: 5-D, no intent, an extension of AFNI's own, LPS mm (AFNI's RAI)."""
     disp = np.random.default_rng(0).normal(size=(*SMALL, 3)).astype(np.float32)
@@ -302,6 +303,9 @@ def test_doubles_beyond_single_precision_are_infinite(tmp_path):
         read_warp(tmp_path / "w.npz", fixed=volume())
 
 
+@pytest.mark.follows(
+    "subtract each voxel's own position first, e.g. with mri_warp_convert --inspm",
+)
 def test_the_hints_of_formats_and_fixed_images_work(tmp_path):
     disp = np.random.default_rng(0).normal(size=(*SMALL, 3)).astype(np.float32)
     named = save_field(tmp_path / "r.nii.gz", disp, name="disp-ras-mm")
@@ -424,3 +428,14 @@ def test_an_npz_says_what_it_lacks(tmp_path):
         read_warp(tmp_path / "w.npz", fixed=volume())
     with pytest.raises(ImageError, match="does not exist"):
         read_warp(tmp_path / "none.npz", fixed=volume())
+
+
+@pytest.mark.follows("leave it out, or give one of them")
+@pytest.mark.parametrize("remedy", [(), *((fmt,) for fmt in WARP_FORMATS)])
+def test_a_format_that_is_none_is_left_out_or_another(tmp_path, remedy):
+    warp = Warp(FIELD, volume(), Grid(SMALL, AFFINE))
+    with pytest.raises(UsageError, match="warp format is 'lps', expected one of itk") as caught:
+        warp.save(tmp_path / "w.nii.gz", "lps")
+    assert caught.value.hint == "leave it out, or give one of them"
+    warp.save(tmp_path / "w.nii.gz", *remedy)
+    assert (tmp_path / "w.nii.gz").exists()

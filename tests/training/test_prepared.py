@@ -8,6 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from _support.brains import GEOMETRIES, save_brain
+from ulae_rt.cli import main
 from ulae_rt.conventions import FULL_SHAPE
 from ulae_rt.errors import ConfigError
 from ulae_rt.imaging.grid import NORMALISATION
@@ -134,3 +136,115 @@ def test_lists_of_scans(prepared: Path) -> None:
     path.write_bytes("a.nii\nb.nii\n".encode("utf-16"))
     with pytest.raises(ConfigError, match="it is UTF-16 text"):
         find_scans(path)
+
+
+# Hints, followed
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Two brains with labels, as a scanner leaves them, and a template beside their folder."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for name, geometry in (("a", "RAS"), ("b", "LIA")):
+        scan = save_brain(folder / f"{name}.nii.gz", *GEOMETRIES[geometry])
+        image = nib.load(scan)
+        labels = (np.asarray(image.dataobj) > 60).astype(np.uint8)
+        nib.save(nib.Nifti1Image(labels, image.affine), folder / f"{name}_labels.nii.gz")
+    save_brain(tmp_path / "template.nii.gz", *GEOMETRIES["RAS"])
+    return folder
+
+
+def prepare(raw: Path, name: str = "out") -> Path:
+    """What the hints name."""
+    template, out = raw.parent / "template.nii.gz", raw.parent / name
+    command = ["prepare", str(raw), "-o", str(out), "--template", str(template)]
+    assert main([*command, "--affine", "none"]) == 0
+    return out
+
+
+def usable(folder: Path) -> None:
+    """As far as training goes before its first step."""
+    scans = find_scans(folder)
+    check_prepared(scans)
+    for scan in scans:
+        assert load_scan(scan, 4).max() > 0.5
+        assert load_labels(scan).any()
+
+
+@pytest.mark.follows("run `ulae-rt prepare` first")
+@pytest.mark.parametrize("before", ["nothing", "one scan"])
+def test_scans_that_are_not_there_are_prepared(raw: Path, before: str) -> None:
+    place = raw.parent / "out"
+    if before == "one scan":
+        place.mkdir()
+        save(place / "a.nii")
+    with pytest.raises(ConfigError) as caught:
+        find_scans(place)
+    assert caught.value.hint == "run `ulae-rt prepare` first"
+    shutil.rmtree(place, ignore_errors=True)
+    usable(prepare(raw))
+
+
+@pytest.mark.follows("run `ulae-rt prepare` on the scans")
+@pytest.mark.parametrize("wrong", ["grid", "values"])
+def test_scans_of_a_scanner_are_prepared(raw: Path, wrong: str) -> None:
+    if wrong == "values":
+        affine = nib.affines.from_matvec(np.eye(3), [-80, -96, -80])
+        data = np.full(FULL_SHAPE, 7, np.int16)
+        data[40:120, 40:150, 40:120] = 700
+        nib.save(nib.Nifti1Image(data, affine), raw / "whole.nii.gz")
+        nib.save(nib.Nifti1Image((data > 7).astype(np.uint8), affine), raw / "whole_labels.nii.gz")
+    with pytest.raises(ConfigError) as caught:
+        load_scan(raw / ("whole.nii.gz" if wrong == "values" else "a.nii.gz"), 4)
+    assert caught.value.hint == "run `ulae-rt prepare` on the scans"
+    usable(prepare(raw))
+
+
+@pytest.mark.follows("run `ulae-rt prepare` on scans that have ID_labels.nii.gz beside them")
+def test_scans_without_labels_are_prepared_with_them(raw: Path) -> None:
+    beside = [path.rename(raw.parent / path.name) for path in raw.glob("*_labels.nii.gz")]
+    scan = find_scans(prepare(raw, "without"))[0]
+    with pytest.raises(ConfigError, match="no label map beside the scan") as caught:
+        load_labels(scan)
+    assert "ID_labels.nii.gz beside them" in caught.value.hint
+    for path in beside:
+        path.rename(raw / path.name)
+    usable(prepare(raw))
+
+
+@pytest.mark.follows("run `ulae-rt prepare` on the scans, with labels up to 65535")
+def test_labels_beyond_32_bits_are_numbered_anew(raw: Path, tmp_path: Path) -> None:
+    save(tmp_path / "a.nii")
+    save(tmp_path / "a_labels.nii", VALUES.astype(np.int64) * 2**32)
+    with pytest.raises(ConfigError, match="expected 32 bits") as caught:
+        load_labels(tmp_path / "a.nii")
+    assert "with labels up to 65535" in caught.value.hint
+    image = nib.load(raw / "a_labels.nii.gz")
+    labels = np.asarray(image.dataobj).astype(np.uint16) * 65535
+    nib.save(nib.Nifti1Image(labels, image.affine), raw / "a_labels.nii.gz")
+    usable(prepare(raw))
+
+
+def _moved(folder: Path, name: str) -> None:
+    image = nib.load(folder / name)
+    affine = nib.affines.from_matvec(np.eye(3), [3, 0, 0]) @ image.affine
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), folder / name)
+
+
+@pytest.mark.follows("prepare all scans with one template: ulae-rt prepare SCANS -o DIR --template")
+@pytest.mark.parametrize("wrong", ["scan", "labels", "damaged", "normalisation", "grid"])
+def test_scans_that_do_not_belong_together_are_prepared_together(raw: Path, wrong: str) -> None:
+    folder = prepare(raw, "mixed")
+    manifest = folder / "prepared.json"
+    if wrong in ("scan", "labels"):
+        _moved(folder, "b.nii.gz" if wrong == "scan" else "b_labels.nii.gz")
+    elif wrong == "damaged":
+        manifest.write_text("{")
+    else:
+        change = {"normalisation": "max"} if wrong == "normalisation" else {"shape": [1, 2, 3]}
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+    with pytest.raises(ConfigError) as caught:
+        check(folder)
+    assert "ulae-rt prepare SCANS -o DIR --template IMAGE" in caught.value.hint
+    usable(prepare(raw))

@@ -290,6 +290,7 @@ def test_a_gpu_run_goes_on_with_other_settings(scans: Path, tmp_path: Path) -> N
     assert_close("loss", *(torch.tensor(end) for end in ends), TOL["losses of 20 steps"])
 
 
+@pytest.mark.follows("only optimiser.steps may change on --resume")
 def test_an_earlier_run_is_not_overwritten(
     scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,13 +303,20 @@ def test_an_earlier_run_is_not_overwritten(
 
     changed = write_config(tmp_path / "c.toml", scans, 2, lr=1e-2)
     assert cli.main(["train", str(changed), "--resume"]) == 1
-    assert "[optimiser] differs" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "[optimiser] differs" in said
+    assert "hint: only optimiser.steps may change on --resume" in said
+    assert cli.main(["train", str(changed), "--resume", "--set", "optimiser.lr=1e-3"]) == 0
 
 
+@pytest.mark.follows("start without --resume")
 def test_nothing_to_resume(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(write_config(tmp_path / "c.toml", scans, 1)), "--resume"]) == 1
-    assert "nothing to resume" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing to resume" in said
     assert not (tmp_path / "run").exists()
+    assert "hint: start without --resume" in said
+    assert cli.main(["train", str(tmp_path / "c.toml")]) == 0
 
 
 def test_learning_rate() -> None:
@@ -371,6 +379,10 @@ def test_encodings_of_a_configuration(tmp_path: Path) -> None:
     assert read_config(path).data.train == tmp_path / "x"
 
 
+@pytest.mark.follows(
+    "add --resume to go on with it, or give another output.folder",
+    "set more steps: --set optimiser.steps=N",
+)
 def test_two_runs_into_one_folder(
     scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -387,6 +399,8 @@ def test_two_runs_into_one_folder(
     assert (tmp_path / "run" / loop.STATE_FILE).read_bytes() == before
     assert "add --resume to go on with it" in caught.value.hint
     # The hint, and what it says when nothing is left to do.
+    other = ["train", str(tmp_path / "c.toml"), "--set", f"output.folder={tmp_path / 'other'}"]
+    assert cli.main(other) == 0
     with pytest.raises(
         CheckpointError, match=r"has done 1 steps, and optimiser.steps is 1"
     ) as caught:
@@ -522,3 +536,73 @@ def test_bad_changes(tmp_path: Path, change: str, message: str) -> None:
 @pytest.mark.parametrize("name", ["paper.toml", "oasis-2mm.toml", "oasis-2mm-labels.toml"])
 def test_shipped_configurations_are_valid(name: str) -> None:
     read_config(Path(__file__).parents[2] / "configs" / name)
+
+
+# Hints, followed
+
+
+@pytest.mark.follows("for example --set optimiser.steps=500")
+def test_hint_for_a_change_without_a_section(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[data]\ntrain='x'\n[output]\nfolder='r'")
+    with pytest.raises(ConfigError, match=r"expected SECTION\.KEY=VALUE") as caught:
+        read_config(path, ["steps=500"])
+    change = caught.value.hint.partition("--set ")[2]
+    assert read_config(path, [change]).optimiser.steps == 500
+
+
+@pytest.mark.follows("give them the same, or other weights as optimiser.start")
+def test_hint_for_weights_of_another_network(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for channels in (2, 4):
+        path = tmp_path / f"{channels}.safetensors"
+        save_checkpoint(path, UlaeNet(channels=channels), Metadata(channels=channels))
+    command = ["train", str(write_config(tmp_path / "c.toml", scans, 1)), "--set"]
+    wrong = [*command, f"optimiser.start={tmp_path / '4.safetensors'}", "--set"]
+    assert cli.main(wrong[:-1]) == 1
+    assert "hint: give them the same, or other weights as" in capsys.readouterr().err
+    assert cli.main([*wrong, "model.channels=4", "--set", f"output.folder={tmp_path}/same"]) == 0
+    assert cli.main([*command, f"optimiser.start={tmp_path / '2.safetensors'}"]) == 0
+
+
+@pytest.mark.follows("mend these scans and add --resume, which goes on before this step; or lower")
+@pytest.mark.parametrize("remedy", ["mended", "lower"])
+def test_hint_for_a_loss_that_is_not_finite(
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    remedy: str,
+) -> None:
+    command = ["train", str(write_config(tmp_path / "c.toml", scans, 2))]
+    with monkeypatch.context() as patch:
+        poison(patch, 1)
+        assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert "hint: mend these scans and add --resume" in said
+    state = said.strip().rpartition("optimiser.start = ")[2]
+    assert read_torch(Path(state))["step"] == 1
+    if remedy == "mended":
+        assert cli.main([*command, "--resume"]) == 0
+        return
+    changes = ("optimiser.lr=1e-4", f"output.folder={tmp_path}/lower", f"optimiser.start={state}")
+    assert cli.main([*command, *(word for each in changes for word in ("--set", each))]) == 0
+    assert load_model(tmp_path / "lower" / loop.WEIGHTS_FILE).metadata.recipe["step"] == 2
+
+
+@pytest.mark.follows("give the output.folder of a run; weights alone go into optimiser.start")
+def test_hint_for_weights_given_as_a_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    model = load_model(tmp_path / "run" / loop.WEIGHTS_FILE)
+    alone = tmp_path / "weights" / loop.STATE_FILE
+    alone.parent.mkdir()
+    torch.save({"model": model.state_dict(), "ulae_rt": model.metadata.to_json()}, alone)
+    command = ["train", str(tmp_path / "c.toml"), "--set", "optimiser.steps=2"]
+    assert cli.main([*command, "--resume", "--set", f"output.folder={alone.parent}"]) == 1
+    assert "hint: give the output.folder of a run; weights" in capsys.readouterr().err
+    assert cli.main([*command, "--resume", "--set", f"output.folder={tmp_path / 'run'}"]) == 0
+    changes = ["--set", f"output.folder={tmp_path / 'new'}", "--set", f"optimiser.start={alone}"]
+    assert cli.main([*command, *changes]) == 0

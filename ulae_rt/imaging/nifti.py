@@ -53,9 +53,8 @@ FAINTEST = 1e-35
 # Hidden names are longer than the places' own, and a file system takes 255 bytes.
 MAX_STEM = 100
 # What reading a damaged file raises; isal's stubs take its class for an instance.
-_UNREADABLE: tuple[type[Exception], ...] = (
-    cast(type[Exception], isal_zlib.IsalError), EOFError, OSError, ValueError,
-)  # fmt: skip
+_IsalError = cast(type[Exception], isal_zlib.IsalError)
+_UNREADABLE: tuple[type[Exception], ...] = (_IsalError, EOFError, OSError, ValueError)
 
 
 class Brightness(NamedTuple):
@@ -154,7 +153,7 @@ def open_image(path: PathLike) -> nib.Nifti1Image:
         raise
     except PermissionError:
         raise ImageError(f"{path} cannot be read: permission denied", "check its mode") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, _IsalError) as error:
         raise _damaged(path, error) from None
     except Exception as error:  # nibabel lets many kinds through for a header it cannot parse
         raise ImageError(
@@ -412,8 +411,11 @@ def check_file(path: Path) -> None:
 
 
 def _damaged(path: PathLike, error: BaseException | str) -> ImageError:
+    again = "copy or download it again"
+    packed = str(path).lower().endswith(".gz")
     return ImageError(
-        f"{path} is truncated or damaged: {error}", "copy or download it again; try 'gzip -t'"
+        f"{path} is truncated or damaged: {error}",
+        f"{again}; 'gzip -t' says whether it is whole" if packed else again,
     )
 
 
@@ -479,7 +481,8 @@ def checked_affine(image: nib.Nifti1Image, name: str) -> NDArray[np.float64]:
         raise GeometryError(
             f"{name} has a sheared affine (axes {shear:.3f} from orthogonal), which ITK's "
             "tools cannot represent",
-            "resample it to an orthogonal grid first, e.g. with nibabel.processing.conform",
+            "resample it to an orthogonal grid first, e.g. with nibabel.processing."
+            "resample_to_output",
         )
     if sform is not None and qform is not None:
         corners = _corners(image.shape[:3])

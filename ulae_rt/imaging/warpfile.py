@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from ulae_rt.arguments import check_choice
 from ulae_rt.errors import GeometryError, ImageError, UsageError
 from ulae_rt.imaging.grid import Grid, gap_mm, grid_of
 from ulae_rt.imaging.nifti import (
@@ -157,10 +158,8 @@ def _stored(warp: Warp, fmt: WarpFormat) -> NDArray[np.float32]:
                 "give Warp(disp, grid, moving)",
             )
         check_one_grid(grid_of(warp.grid), warp.moving)
-    elif fmt != "voxel":
-        raise UsageError(
-            f"warp format is {fmt!r}, expected one of {', '.join(WARP_FORMATS)}", "see -h"
-        )
+    else:
+        check_choice("warp format", fmt, WARP_FORMATS)
     inverse = np.linalg.inv(warp.grid.affine[:3, :3]).astype(np.float32)
     return np.asarray(warp.disp @ inverse.T)
 
@@ -238,6 +237,9 @@ def stated_format(path: PathLike) -> WarpFormat | None:
     return _stated_format(image, str(path))
 
 
+_DENSE = "give a dense displacement in NIfTI, as register -w writes"
+
+
 def _checked_field(image: nib.Nifti1Image, name: str) -> tuple[int, int, int]:
     """The grid's shape; refuses files that hold no field of displacements by their header."""
     shape, header = image.shape, image.header
@@ -253,13 +255,13 @@ def _checked_field(image: nib.Nifti1Image, name: str) -> tuple[int, int, int]:
     if not (len(shape) == 5 and shape[3:] == (1, 3)) and not (len(shape) == 4 and shape[3] == 3):
         raise ImageError(
             f"{name} has size {'x'.join(map(str, shape))}, expected XxYxZx1x3 or XxYxZx3",
-            "give a dense displacement in NIfTI, as register -w writes",
+            _DENSE,
         )
     if (kind := image.get_data_dtype()).kind not in "iuf":
         raise ImageError(
             f"{name} holds {'colours' if kind.names else kind.name}, expected a displacement's "
             "numbers",
-            "give a dense displacement in NIfTI, as register -w writes",
+            _DENSE,
         )
     return checked_shape(shape[:3], name)
 

@@ -159,7 +159,7 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
             f"{path}: no such weights file",
             "the installation lacks its weights: install it again"
             if path == DEFAULT_WEIGHTS
-            else "check the path given to --weights",
+            else "check the path",
         )
     if place != "file":
         reason = "a folder, expected a file of weights" if place == "folder" else place
@@ -212,7 +212,8 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
     if _is_bare(state):
         raise _bare(path)
     raise CheckpointError(
-        f"{path}: holds no '{METADATA_KEY}' metadata", "expected a file that `ulae-rt train` wrote"
+        f"{path}: holds no '{METADATA_KEY}' metadata",
+        "give a file that `ulae-rt train` or ulae_rt.model.save_checkpoint wrote",
     )
 
 

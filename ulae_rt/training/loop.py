@@ -62,6 +62,9 @@ class StoppedElsewhere(Exception):
     """The run has ended in all its processes, and the first one says why."""
 
 
+_RESUME = "add --resume to go on with it, or give another output.folder"
+
+
 class Trainer:
     """One run of a configuration, on one device or on one of several that torchrun has started.
 
@@ -98,9 +101,7 @@ class Trainer:
         if resume:
             self._resume()
         elif (self.folder / STATE_FILE).exists():
-            raise TrainingError(
-                f"{self.folder} holds an earlier run", "add --resume, or give another output.folder"
-            )
+            raise TrainingError(f"{self.folder} holds an earlier run", _RESUME)
 
     def run(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Train to the last step; returns the last losses and validation.
@@ -126,7 +127,7 @@ class Trainer:
                 if self._state_stamp() != self._state_before:
                     raise TrainingError(
                         f"another run has written to {self.folder} since this one was started",
-                        "add --resume to go on with it, or give another output.folder",
+                        _RESUME,
                     )
             except UlaeError as error:
                 problem = error
@@ -289,7 +290,8 @@ class Trainer:
         what = "; ".join(reasons) or f"the gradient of {', '.join(names)} is not finite"
         raise TrainingError(
             f"step {self.step}: {what}",
-            f"look at these scans, or lower optimiser.lr; the state before this step is in "
+            "mend these scans and add --resume, which goes on before this step; or lower "
+            "optimiser.lr, in another output.folder with optimiser.start = "
             f"{self.folder / STATE_FILE}",
         )
 
