@@ -9,10 +9,10 @@ from _support.project import ROOT
 NOT_FOLLOWED: dict[str, str] = {
     "free some space where temporary files go (TMPDIR)": "needs a disk that fills up while "
     "TensorRT builds an engine",
-    "make it ITK's: wb_command -convert-warpfield -from-fnirt": "needs the Connectome Workbench, "
-    "which no package index has, and nothing else reads FSL's fields",
-    "make it one: reg_transform -ref FIXED -disp IN OUT": "needs NiftyReg, which no package index "
-    "has, and nothing else reads its grids of splines and velocities",
+    "make it ITK's: wb_command -convert-warpfield -from-fnirt": "needs the programs of the "
+    "Connectome Workbench and of FSL, which the tests' environment does not have",
+    "make it one: reg_transform -ref FIXED -disp IN OUT": "needs NiftyReg's program, "
+    "which the tests' environment does not have",
 }
 
 # A shorter piece would be found in other hints some day.
