@@ -349,6 +349,10 @@ def _array(name: str, image: Any) -> Array:
             f"{name} is on {place}, expected it on the CPU; an engine copies it where it runs",
             f"{name}.cpu()",
         )
+    if np.ma.isMaskedArray(image):
+        raise DtypeError(
+            f"{name} is a masked array, and what is masked would count", f"{name}.filled(0)"
+        )
     try:
         return np.asarray(image)
     except (TypeError, ValueError, RuntimeError) as error:  # what torch and numpy raise for theirs

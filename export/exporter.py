@@ -35,6 +35,8 @@ from ulae_rt.export.verify import verify
 from ulae_rt.manifest import (
     ANY_BATCH,
     NOT_RUN,
+    TENSORS,
+    UNITS,
     VERIFIED,
     EngineMetadata,
     Manifest,
@@ -42,6 +44,7 @@ from ulae_rt.manifest import (
     TensorSpec,
     Work,
     manifest_path,
+    preprocessing_of,
     sha256,
 )
 from ulae_rt.model import UlaeNet, load_model
@@ -410,7 +413,9 @@ def _manifest(network: _Network, item: Item, built: _Built, tolerance: Tolerance
         inputs=tuple(_spec(name, item.batch, network.shape) for name in INPUTS),
         outputs=tuple(_spec(name, item.batch, network.shape) for name in OUTPUTS),
         metadata=_metadata(network.model, network.shape),
-        preprocessing=_preprocessing(network.model),
+        preprocessing=preprocessing_of(
+            network.model.metadata.spacing_mm, network.model.metadata.normalisation
+        ),
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -439,10 +444,8 @@ def _work(network: _Network, item: Item) -> Work:
 
 
 def _spec(name: str, batch: int, shape: tuple[int, int, int]) -> TensorSpec:
-    if name == "disp":
-        units = "voxels of the fixed grid; moved(p) = moving(p + disp(p))"
-        return TensorSpec(name, (batch, 3, *shape), "float32", units, ("d", "h", "w"))
-    return TensorSpec(name, (batch, 1, *shape), "float32", "intensity in [0, 1]", ("intensity",))
+    components = TENSORS[name]
+    return TensorSpec(name, (batch, len(components), *shape), "float32", UNITS[name], components)
 
 
 def _metadata(model: UlaeNet, shape: tuple[int, int, int]) -> EngineMetadata:
@@ -454,16 +457,4 @@ def _metadata(model: UlaeNet, shape: tuple[int, int, int]) -> EngineMetadata:
         normalisation=metadata.normalisation,
         training_data=metadata.training_data,
         licence=metadata.licence,
-    )
-
-
-def _preprocessing(model: UlaeNet) -> tuple[str, ...]:
-    spacing = model.metadata.spacing_mm
-    return (
-        "skull-stripped, background 0",
-        "axes d, h, w to the right, to the front and to the top of the head (RAS)",
-        f"resampled to cubic voxels of {spacing:g} mm, the moving image through the affine "
-        "transform to the fixed one",
-        "cropped or padded to the shape, the fixed brain in the middle",
-        f"intensities to [0, 1] by normalisation '{model.metadata.normalisation}'",
     )

@@ -23,6 +23,7 @@ from ulae_rt.imaging.nifti import (
     Outputs,
     Volume,
     check_exact_labels,
+    check_single_precision,
     image_on_grid,
     read_grid,
     read_volume,
@@ -127,6 +128,7 @@ def _carry(image: Volume, disp: Displacement, grid: Grid, interp: str) -> NDArra
         if image.data.dtype.kind in "iu":
             check_exact_labels(image.data, image.name)
         return warp_image(image, disp, grid, "nearest")
+    check_single_precision(image.data, image.name)
     if _looks_like_labels(image.data):
         logger.warning(
             "%s looks like a label map: --interp nearest keeps its labels, linear mixes them",

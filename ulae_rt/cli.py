@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -64,7 +65,10 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
     Returns:
         0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
-    module = importlib.import_module(COMMANDS[name][0])
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except KeyboardInterrupt:  # importing takes a second
+        return _interrupted("")
     parser = _Parser(prog=prog or f"python -m ulae_rt.{name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -107,20 +111,37 @@ def _run(
         result = run(arguments, report)
     except UlaeError as error:
         if isinstance(error, BatchError) and arguments.json:
-            print(json.dumps({**error.result, "warnings": kept.messages}))
+            _printed({**error.result, "warnings": kept.messages})
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         if error.hint:
             print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "interrupted; nothing half-written was left behind"
-        print(f"error: {said}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted(str(interrupt))
     except BrokenPipeError:
         return 1
-    if arguments.json:
-        print(json.dumps({**result, "warnings": kept.messages}))
+    return _printed({**result, "warnings": kept.messages}) if arguments.json else 0
+
+
+def _printed(result: dict[str, Any]) -> int:
+    """Print the one JSON object of ``--json``; a status that says whether it got there."""
+    try:
+        print(json.dumps(result), flush=True)
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        # What is left of it would be written again, and fail again, at the very end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
+
+
+def _interrupted(message: str) -> int:
+    print(
+        f"error: {message or 'interrupted; nothing half-written was left behind'}", file=sys.stderr
+    )
+    return EXIT_INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ feed the artefact and to refuse one that is not what was verified.
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -37,6 +38,15 @@ TENSORS = {
     "fixed": ("intensity",),
     "moved": ("intensity",),
     "disp": ("d", "h", "w"),
+}
+
+# And what its numbers count.
+_INTENSITY = "intensity in [0, 1]"
+UNITS = {
+    "moving": _INTENSITY,
+    "fixed": _INTENSITY,
+    "moved": _INTENSITY,
+    "disp": "voxels of the fixed grid; moved(p) = moving(p + disp(p))",
 }
 
 _LARGEST_FILE = 2**20  # bytes; a manifest has 4,000
@@ -311,6 +321,18 @@ def network_differences(one: Manifest, other: Manifest) -> str:
     return ""
 
 
+def preprocessing_of(spacing_mm: float, normalisation: str) -> tuple[str, ...]:
+    """What to do with a scan before an engine is fed, step by step."""
+    return (
+        "skull-stripped, background 0",
+        "axes d, h, w to the right, to the front and to the top of the head (RAS)",
+        f"resampled to cubic voxels of {spacing_mm:g} mm, the moving image through the affine "
+        "transform to the fixed one",
+        "cropped or padded to the shape, the fixed brain in the middle",
+        f"intensities to [0, 1] by normalisation '{normalisation}'",
+    )
+
+
 def manifest_path(artefact: Path) -> Path:
     """Where the manifest of an artefact lies."""
     return artefact.with_suffix(".json")
@@ -407,8 +429,20 @@ def _check_grid(manifest: Manifest) -> None:
         (name, "float32", (batch, len(components), *shape), components)
         for name, components in TENSORS.items()
     ]
-    if found != expected or len(manifest.inputs) != 2:
-        raise ValueError(f"its inputs and outputs are {str(found)[:400]}, expected {expected}")
+    for has, should in itertools.zip_longest(found, expected):
+        if has != should:
+            raise ValueError(f"of its inputs and outputs one is {str(has)[:90]}, expected {should}")
+    if len(manifest.inputs) != 2:
+        raise ValueError(f"it has {len(manifest.inputs)} inputs, expected 2")
+    for spec in specs:
+        if spec.units != UNITS[spec.name]:
+            raise ValueError(f"the units of {spec.name!r} are {spec.units[:40]!r}, expected others")
+    steps = preprocessing_of(spacing, manifest.metadata.normalisation)
+    if manifest.preprocessing != steps:
+        raise ValueError(
+            f"its preprocessing contradicts its metadata ({spacing:g} mm, normalisation "
+            f"{manifest.metadata.normalisation!r})"
+        )
 
 
 def _check_errors(manifest: Manifest) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "torch", *ENGINE_BACKENDS[1:])
 
 
+@runtime_checkable
 class Network(Protocol):
     """A network behind one interface, whatever runs it; an `Engine` is one."""
 

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from ulae_rt.arguments import path_of
 from ulae_rt.errors import CheckpointError, EngineMismatch, UsageError
 from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode, register_affine
 from ulae_rt.imaging.grid import (
@@ -196,8 +197,13 @@ class Registrar:
             self.network = load_network(
                 weights, device=device, backend=backend, precision=precision
             )
-        else:
+        elif isinstance(weights, Network):
             self.network = weights
+        else:
+            raise UsageError(
+                f"weights is {type(weights).__name__}, expected a path or an opened network",
+                "give the file, or what ulae_rt.network.load_network makes of it",
+            )
 
     def __call__(
         self,
@@ -317,6 +323,8 @@ class Registrar:
         Raises:
             EngineMismatch: the network returned another grid, or failed.
         """
+        if not pairs:
+            return []
         found = self._run(pairs)
         if not self.refine:
             return found
@@ -486,7 +494,7 @@ def as_volume(scan: Scan, name: str, kind: Kind = "image") -> Volume:
     if isinstance(scan, Volume):
         return scan
     if isinstance(scan, str | os.PathLike):
-        return read_volume(scan, kind=kind)
+        return read_volume(path_of(scan, name), kind=kind)
     if isinstance(scan, tuple):
         if len(scan) != 2:
             raise UsageError(

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from ulae_rt.arguments import path_of
 from ulae_rt.errors import UsageError
 from ulae_rt.imaging.grid import Affine, grid_of
 from ulae_rt.imaging.inverse import InverseConsistency, inverse_consistency, invert
@@ -119,21 +120,11 @@ class Result:
             caption: the picture's.
             warp_format: see `ulae_rt.imaging.warpfile.warp_to_image`.
             overwrite: replace files that exist.
-            inputs: files that must not be written to.
+            inputs: files that must not be written to, beside the two scans.
 
         Raises:
             UsageError, OutputError: see `ulae_rt.imaging.nifti.check_output`.
         """
-        if moved_labels is not None:
-            self._labels()
-        # The warps take longest to pack, so they go first.
-        write: dict[str, Callable[[Path], None]] = {
-            "warp": lambda path: write_warp(self.warp, path, warp_format),
-            "inverse_warp": lambda path: write_warp(self.inverse, path, warp_format),
-            "moved": lambda path: save_image(self.moved, path),
-            "jacobian": lambda path: save_image(image_on_grid(self.jacobian, self.fixed), path),
-            "moved_labels": lambda path: save_image(self._labels(), path),
-        }
         places = {
             "warp": warp,
             "inverse_warp": inverse_warp,
@@ -142,8 +133,27 @@ class Result:
             "moved_labels": moved_labels,
             "qc": qc,
         }
-        wanted = {kind: Path(path) for kind, path in places.items() if path is not None}
-        with output_files(wanted, warp_format, overwrite, inputs) as outputs:
+        wanted = {kind: path_of(path, kind) for kind, path in places.items() if path is not None}
+        if not isinstance(overwrite, bool):
+            raise UsageError(f"overwrite is {overwrite!r}, expected True or False", "leave it out")
+        if warp_format != "itk" and not wanted.keys() & {"warp", "inverse_warp"}:
+            raise UsageError(
+                f"warp_format is {warp_format!r}, and no warp is written",
+                "give a path for warp or inverse_warp too, or leave it out",
+            )
+        if moved_labels is not None:
+            self._labels()
+        # Its own scans must survive it.
+        read = [scan.path for scan in (self.moving, self.fixed) if scan.path is not None]
+        # The warps take longest to pack, so they go first.
+        write: dict[str, Callable[[Path], None]] = {
+            "warp": lambda path: write_warp(self.warp, path, warp_format),
+            "inverse_warp": lambda path: write_warp(self.inverse, path, warp_format),
+            "moved": lambda path: save_image(self.moved, path),
+            "jacobian": lambda path: save_image(image_on_grid(self.jacobian, self.fixed), path),
+            "moved_labels": lambda path: save_image(self._labels(), path),
+        }
+        with output_files(wanted, warp_format, overwrite, [*inputs, *read]) as outputs:
             hidden = {kind: outputs.temporary(path) for kind, path in wanted.items()}
             with ThreadPoolExecutor(WRITERS) as pool:
                 jobs = [pool.submit(write[kind], hidden[kind]) for kind in write if kind in hidden]

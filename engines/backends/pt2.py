@@ -108,7 +108,9 @@ class _OnHost:
         import torch
 
         with _exact():
-            images = [torch.from_numpy(array).to(self._device) for array in arrays]
+            # torch warns of arrays that may not be written to.
+            writable = [np.require(array, requirements="W") for array in arrays]
+            images = [torch.from_numpy(array).to(self._device) for array in writable]
             return [np.asarray(x.cpu()) for x in self._program(*images)]
 
 
@@ -152,7 +154,7 @@ class _Captured:
 
         with _exact(), torch.cuda.stream(self._stream):
             for place, sent, array in zip(self._inputs, self._sent, arrays, strict=True):
-                sent.copy_(torch.from_numpy(array))
+                sent.copy_(torch.from_numpy(np.require(array, requirements="W")))
                 place.copy_(sent, non_blocking=True)
             if self._graph is None:
                 self._outputs = list(self._program(*self._inputs))

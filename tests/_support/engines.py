@@ -13,6 +13,7 @@ from ulae_rt.engines.machine import Gpu
 from ulae_rt.manifest import (
     ANY_BATCH,
     TOLERANCES,
+    UNITS,
     VERIFIED,
     EngineMetadata,
     Manifest,
@@ -20,6 +21,7 @@ from ulae_rt.manifest import (
     TensorSpec,
     Work,
     manifest_path,
+    preprocessing_of,
     sha256,
 )
 
@@ -29,7 +31,7 @@ SUFFIXES = {"onnx": "onnx", "pt2": "pt2", "tensorrt": "engine", "tensorrt-rtx": 
 
 def spec(name: str, channels: int, batch: int) -> TensorSpec:
     components = ("d", "h", "w") if channels == 3 else ("intensity",)
-    return TensorSpec(name, (batch, channels, *SHAPE), "float32", "", components)
+    return TensorSpec(name, (batch, channels, *SHAPE), "float32", UNITS[name], components)
 
 
 def measured(on: str = "x86", seconds: float = 0.1) -> Measured:
@@ -46,7 +48,7 @@ def make_manifest(content: bytes, artefact: str, batch: int = 1, **changes: Any)
         inputs=(spec("moving", 1, batch), spec("fixed", 1, batch)),
         outputs=(spec("moved", 1, batch), spec("disp", 3, batch)),
         metadata=EngineMetadata("paper", SHAPE, 1.0, "max", "none", "CC0"),
-        preprocessing=("skull-stripped",),
+        preprocessing=preprocessing_of(1.0, "max"),
         versions={"ulae-rt": "0.1.0"},
         work=Work(0.0, 1e-6, 3),
         types={},
@@ -57,7 +59,9 @@ def make_manifest(content: bytes, artefact: str, batch: int = 1, **changes: Any)
         errors=(measured(),),
         date="2026-01-01T00:00:00+00:00",
     )
-    return dataclasses.replace(manifest, **changes)
+    metadata = changes.get("metadata", manifest.metadata)
+    steps = preprocessing_of(metadata.spacing_mm, metadata.normalisation)
+    return dataclasses.replace(manifest, **{"preprocessing": steps, **changes})
 
 
 def graph(batch: int = 1) -> bytes:

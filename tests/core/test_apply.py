@@ -506,3 +506,16 @@ def test_a_closed_folder_is_said_at_once(files, capsys):
     (files / "closed").mkdir(mode=0o500)
     assert apply(files, out="closed/out.nii.gz") == 1
     assert "closed cannot be written to" in capsys.readouterr().err
+
+
+def test_values_beyond_single_precision_are_not_made_infinite(tmp_path, capsys):
+    data = 1e300 * np.random.default_rng(0).random((9, 9, 9))
+    nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / "a.nii.gz")
+    sitk.WriteTransform(sitk.TranslationTransform(3, (1, 0, 0)), str(tmp_path / "t.tfm"))
+    files = ["-i", str(tmp_path / "a.nii.gz"), "-r", str(tmp_path / "a.nii.gz")]
+    line = ["apply", *files, "-t", str(tmp_path / "t.tfm"), "-o", str(tmp_path / "o.nii.gz")]
+    assert main(line) == 1
+    assert "single precision has no others" in capsys.readouterr().err
+    assert main([*line, "--interp", "nearest"]) == 0
+    carried = nib.load(tmp_path / "o.nii.gz").get_fdata()
+    assert np.isfinite(carried).all()

@@ -222,3 +222,20 @@ def test_what_a_reader_says_of_a_file_comes_with_its_name(tmp_path, caplog):
     with libraries_redirected():
         read_volume(place)
     assert [m for m in warned(caplog) if m.startswith(f"{place}: nibabel says: vox offset")]
+
+
+def test_json_that_cannot_be_printed_is_said(tmp_path):
+    command = [sys.executable, "-P", "-m", "ulae_rt", "doctor", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: No space left on device\n"
+
+
+def test_ctrl_c_while_a_command_is_imported_is_an_interruption(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["apply", "-h"]) == 130
+    assert capsys.readouterr().err.startswith("error: interrupted")

@@ -594,3 +594,42 @@ def test_a_doubtful_pair_can_be_looked_at(tmp_path, network, capsys):
     # ... and with a T1 brain in its place there is nothing to say.
     assert register((right, fixed), tmp_path, "--overwrite") == 0
     assert "warning" not in capsys.readouterr().err
+
+
+def test_saving_never_replaces_the_pair_s_own_scans(pair, network):
+    before = pair[0].read_bytes(), pair[1].read_bytes()
+    result = Registrar(network, affine="none")(str(pair[0]), str(pair[1]))
+    for scan in pair:
+        with pytest.raises(UsageError, match="is also an input"):
+            result.save(scan, overwrite=True)
+    assert (pair[0].read_bytes(), pair[1].read_bytes()) == before
+
+
+@pytest.mark.follows("give a path for warp or inverse_warp too, or leave it out")
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        (5, {}, "moved is int '5', expected a path"),
+        (b"x.nii.gz", {}, "moved is bytes"),
+        ("", {}, "moved is '', expected a path"),
+        ("o.nii.gz", {"overwrite": "no"}, "overwrite is 'no', expected True or False"),
+        ("o.nii.gz", {"warp_format": "ras"}, "warp_format is 'ras', and no warp is written"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused(
+    pair, network, tmp_path, monkeypatch, path, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    result = Registrar(network, affine="none")(str(pair[0]), str(pair[1]))
+    with pytest.raises(UsageError, match=message):
+        result.save(path, **options)
+    with pytest.raises(UsageError, match="expected a path"):
+        result.warp.save(5)
+    assert not (tmp_path / "o.nii.gz").exists()
+    result.save("o.nii.gz")
+    result.save(warp="w.nii.gz", warp_format="ras")
+
+
+def test_an_empty_path_is_no_scan(pair, network):
+    with pytest.raises(UsageError, match="moving is '', expected a path"):
+        Registrar(network)("", str(pair[1]))

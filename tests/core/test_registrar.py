@@ -271,3 +271,28 @@ def test_backends_and_what_they_run(weights, exported, scan, tmp_path, capsys):
     assert register(scan, tmp_path, *network, "--backend", "onnxruntime", "--overwrite") == 2
     assert "hint: make one with 'ulae-rt export' and give its" in capsys.readouterr().err
     assert register(scan, tmp_path, *engine, "--backend", "onnxruntime", "--overwrite") == 0
+
+
+@pytest.mark.follows("give the file, or what ulae_rt.network.load_network makes of it")
+def test_a_model_is_not_an_opened_network(weights):
+    for wrong in (load_model(weights), 5, [], b"x"):
+        with pytest.raises(UsageError, match="expected a path or an opened network"):
+            Registrar(wrong)
+    Registrar(weights, device="cpu")
+    assert Registrar(load_network(weights, device="cpu")).settings["method"] == "network"
+
+
+def test_no_pairs_are_no_deformations(weights):
+    assert Registrar(weights, device="cpu").deform([]) == []
+
+
+@pytest.mark.follows("give torch.from_numpy(array).float(); for scans, use ulae_rt.Registrar")
+def test_the_model_takes_tensors(weights):
+    moving, fixed = images()
+    model = load_model(weights)
+    with pytest.raises(DtypeError, match="moving is ndarray, expected a tensor"):
+        model(moving, fixed)
+    with pytest.raises(DtypeError, match=r"moving is torch.int32, expected a tensor"):
+        model(torch.ones(1, 1, *SHAPE, dtype=torch.int32), torch.from_numpy(fixed))
+    with torch.inference_mode():
+        model(torch.from_numpy(moving).float(), torch.from_numpy(fixed).float())

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from _support.engines import write_engine
-from ulae_rt.engines import survey
+from ulae_rt.engines import load_engine, survey
 from ulae_rt.errors import EngineMismatch
 from ulae_rt.imaging import grid
-from ulae_rt.manifest import NORMALISATIONS, VARIANTS, Manifest
+from ulae_rt.manifest import NORMALISATIONS, VARIANTS, Manifest, manifest_path
 from ulae_rt.model import ulae_net
 
 ANYTHING = st.recursive(
@@ -103,3 +103,31 @@ def test_any_bytes_are_refused(folder, content):
 def test_names_are_those_of_the_model_and_of_the_images():
     assert VARIANTS == ulae_net.VARIANTS
     assert NORMALISATIONS == grid.NORMALISATIONS
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metadata": {"spacing_mm": 2.0}}, "preprocessing contradicts its metadata"),
+        ({"metadata": {"normalisation": "p99.9"}}, "preprocessing contradicts its metadata"),
+        ({"preprocessing": ["as you like"]}, "preprocessing contradicts its metadata"),
+        ({"preprocessing": []}, "preprocessing contradicts its metadata"),
+    ],
+)
+def test_what_a_scan_is_to_be_like_is_said_once_and_the_same(tmp_path, change, words):
+    path = manifest_path(write_engine(tmp_path))
+    values = json.loads(path.read_text())
+    for name, value in change.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(values))
+    with pytest.raises(EngineMismatch, match=words):
+        load_engine(tmp_path, device="cpu")
+
+
+def test_units_that_are_others_are_refused(tmp_path):
+    path = manifest_path(write_engine(tmp_path))
+    values = json.loads(path.read_text())
+    values["outputs"][1]["units"] = "mm"
+    path.write_text(json.dumps(values))
+    with pytest.raises(EngineMismatch, match="the units of 'disp' are 'mm'"):
+        load_engine(tmp_path, device="cpu")

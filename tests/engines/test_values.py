@@ -11,7 +11,7 @@ from _support.nets import SHAPE as NET_SHAPE
 from _support.nets import small_net, small_weights
 from ulae_rt.engines import Engine, load_engine
 from ulae_rt.engines.session import RANGE_SLACK
-from ulae_rt.errors import EngineMismatch, IntensityError
+from ulae_rt.errors import DtypeError, EngineMismatch, IntensityError
 from ulae_rt.manifest import EngineMetadata
 from ulae_rt.network import load_network
 
@@ -221,3 +221,13 @@ def test_hint_for_weights_that_give_no_numbers(tmp_path):
     assert "use others, or train again" in caught.value.hint
     with load_network(small_weights(others), device="cpu") as engine:
         assert engine.run(*image).disp.any()
+
+
+@pytest.mark.follows("{}.filled(0)")
+def test_a_masked_array_is_not_fed_whole():
+    with Engine(Answering(), METADATA, "fp32") as engine:
+        moving, fixed = np.random.default_rng(0).random((2, 1, 1, *SHAPE), dtype=np.float32)
+        masked = np.ma.masked_array(moving, moving > 0.5)
+        with pytest.raises(DtypeError, match="moving is a masked array"):
+            engine.run(masked, fixed)
+        assert engine.run(masked.filled(0), fixed).moved.max() <= 0.5

@@ -164,3 +164,10 @@ def test_values_that_single_precision_cannot_tell_apart_are_refused():
     with pytest.raises(ImageError, match="expected 1e-35 at least"):
         volume_from_array(head().data * np.float32(1e-39), AFFINE, name="faint")
     volume_from_array(head().data * np.float32(1e-35), AFFINE, name="faint")
+
+
+def test_voxels_far_below_zero_are_told(clean, caplog):
+    image = seen_by_network(changed(head(), lambda x: with_one_voxel(x, -1e6)))
+    assert "single voxels are down to -1e+06" in caplog.text
+    assert np.abs(image - clean).max() < 1.01
+    assert np.median(np.abs(image - clean)) < 1e-6

@@ -167,5 +167,19 @@ def test_labels_of_oasis_are_right_and_moved_ones_told(data_dir, caplog):
         assert "voxel by voxel" in verdict(moved(labels, 3), scan, caplog)
         left_right = replace(labels, data=labels.data[::-1])
         assert "mirrored along its first array axis" in verdict(left_right, scan, caplog)
+        for mm in (3, 5, 10, -10):
+            for axis in range(3):
+                rolled = replace(labels, data=np.roll(labels.data, mm, axis))
+                assert "may not belong" in verdict(rolled, scan, caplog), (name, mm, axis)
+        itself = replace(labels, data=scan.data)
+        assert "hardly two of its voxels beside each other are equal" in verdict(
+            itself, scan, caplog
+        )
+        for part in (
+            labels.data == 59,
+            labels.data > 0,
+            np.where(labels.data < 100, labels.data, 0),
+        ):
+            assert verdict(replace(labels, data=part.astype(np.int16)), scan, caplog) == "right"
         one = replace(labels, data=(labels.data > 0).astype(np.uint8)[::-1])
         assert "mirrored along its first array axis" in verdict(one, scan, caplog)

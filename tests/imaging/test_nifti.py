@@ -1,5 +1,6 @@
 """Bad input by its message, geometry kept to the bit, and files written whole or not at all."""
 
+import errno
 import gzip
 import logging
 import os
@@ -19,6 +20,7 @@ from ulae_rt.imaging.nifti import (
     Outputs,
     check_output,
     image_on_grid,
+    output_error,
     read_volume,
     save_image,
     volume_from_array,
@@ -279,7 +281,7 @@ def test_arrays_of_any_number_type(dtype):
 
 
 def test_array_with_a_wrong_affine():
-    with pytest.raises(GeometryError, match=r"affine of shape \(3, 3\)"):
+    with pytest.raises(GeometryError, match=r"affine of float64 and shape \(3, 3\)"):
         volume_from_array(DATA, np.eye(3), name="moving")
 
 
@@ -571,3 +573,46 @@ def test_a_file_of_freesurfer_is_converted(tmp_path, name, message):
     image = nib.load(mgh)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), tmp_path / "b.nii.gz")
     assert np.array_equal(read_volume(tmp_path / "b.nii.gz").data, DATA)
+
+
+@pytest.mark.parametrize(
+    ("affine", "words"),
+    [
+        (np.full((4, 4), np.nan), "expected finite numbers"),
+        (np.diag([1.0, 1.0, 0.0, 1.0]), "cannot be inverted"),
+        (np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]), "0 0 0 1 in its"),
+        (np.eye(4) + 0j, "an affine of complex128"),
+        (np.eye(4).astype(str), "an affine of <U"),
+        (np.eye(3), "shape \\(3, 3\\)"),
+    ],
+)
+def test_an_affine_that_is_none_is_refused_as_such(affine, words):
+    data = np.arange(27, dtype=np.float32).reshape(3, 3, 3)
+    with pytest.raises(GeometryError, match=words) as caught:
+        volume_from_array(data, affine, name="scan")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.follows("fill it first, with array.filled(0)")
+def test_a_masked_array_is_not_taken_whole():
+    data = np.ma.masked_greater(np.arange(27, dtype=np.float32).reshape(3, 3, 3), 20)
+    with pytest.raises(ImageError, match="scan is a masked array"):
+        volume_from_array(data, np.eye(4), name="scan")
+    assert volume_from_array(data.filled(0), np.eye(4), name="scan").data.max() == 20
+
+
+@pytest.mark.follows("scale its values, e.g. with numpy")
+@pytest.mark.parametrize("factor", [1e300, 1e-310])
+def test_values_that_single_precision_has_not_are_named_as_such(tmp_path, factor):
+    data = factor * np.arange(27, dtype=np.float64).reshape(3, 3, 3)
+    nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(ImageError, match="single precision has no others"):
+        read_volume(tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(data / factor, np.eye(4)), tmp_path / "a.nii.gz")
+    assert read_volume(tmp_path / "a.nii.gz").data.max() == 26
+
+
+def test_errors_name_the_file_as_the_user_does(tmp_path):
+    hidden = tmp_path / ".moved.123-0949abfb.part.nii.gz"
+    error = output_error(hidden, OSError(errno.EFBIG, "File too large"))
+    assert str(error) == f"{tmp_path / 'moved.nii.gz'} cannot be written: File too large"

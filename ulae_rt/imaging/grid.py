@@ -103,7 +103,7 @@ def _zero_background(volume: Volume) -> Volume:
             "%s has values down to %.4g; %.4g is taken for the background and the rest is shifted",
             volume.name,
             lowest,
-            background,
+            background + 0.0,  # not -0
         )
         low, high = _range_of(seen[seen != background])
         faintest = 1e-3 * max(high - low, 1e-6 * abs(high))
@@ -116,6 +116,13 @@ def _zero_background(volume: Volume) -> Volume:
             "%s has no background: nearly every voxel is above 0, and all of it is taken for the "
             "brain; expected a skull-stripped image with 0 around the brain",
             volume.name,
+        )
+    if lowest < -max(abs(high), 1e-6 * abs(lowest)):
+        logger.warning(
+            "%s: single voxels are down to %.4g, as far below 0 as its brain is above: they are "
+            "taken for 0",
+            volume.name,
+            lowest,
         )
     return volume if lowest >= 0 else replace(volume, data=np.maximum(data, 0))
 

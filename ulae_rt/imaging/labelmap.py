@@ -27,6 +27,11 @@ MUCH_BETTER = 0.6
 BETTER = 0.05
 NOISE = 0.005
 
+# Where else the labels are tried: what lies between is found from either side.
+SHIFTS_MM = (-8, -3, 3, 8)
+# Of two neighbours, so often the values are equal: 0.8 to 0.95 of labels, below 0.1 of scans.
+ALIKE = 0.25
+
 HINT = "compare the two headers, e.g. with nib-diff: a label map has the affine of its scan"
 AXES = ("first", "second", "third")
 
@@ -52,8 +57,8 @@ def check_labels(labels: Volume, scan: Volume) -> None:
 
     The map may lie on another grid and cover a part of the scan only. What is looked at is where
     its labelled voxels (not 0) lie in the scan's world, and how much of the scan's intensities the
-    labels explain: as they lie, mirrored along each array axis and, where the two arrays have one
-    shape, voxel by voxel.
+    labels explain: as they lie, mirrored along each array axis, moved by 3 and 8 mm and, where the
+    two arrays have one shape, voxel by voxel.
 
     Args:
         labels: the label map.
@@ -85,6 +90,8 @@ def check_labels(labels: Volume, scan: Volume) -> None:
         doubts.append(f"{100 * outside:.2g} % of its labelled voxels lie outside the scan")
     if on_brain < 1 - OFF_BRAIN:
         doubts.append(f"{100 * (1 - on_brain):.2g} % of its labelled voxels lie on the background")
+    if _looks_like_a_scan(points, labels):
+        doubts.append("hardly two of its voxels beside each other are equal, as in a scan")
     if better := _better_fit(points, labels, scan):
         doubts.append(f"it fits much better {better}")
     if doubts:
@@ -142,33 +149,63 @@ def _values_at(scan: Volume, index: NDArray[np.intp]) -> NDArray[Any]:
 
 def _better_fit(points: _Points, labels: Volume, scan: Volume) -> str:
     """How the labels would fit the scan much better than as they lie, in words; or nothing."""
-    index, classes = points.in_scan[:, points.inside], points.labels[points.inside]
+    index, values = points.in_scan[:, points.inside], points.labels[points.inside]
     if index.shape[1] == 0:
         return ""
+    fit = _Fit(scan, index, values)
     others = {}
     for axis, name in enumerate(AXES):
         mirrored = index.copy()
         mirrored[axis] = scan.shape[axis] - 1 - mirrored[axis]
-        others[f"mirrored along its {name} array axis"] = _unexplained(scan, mirrored, classes)
+        others[f"mirrored along its {name} array axis"] = fit.unexplained(mirrored)
+        for mm in SHIFTS_MM:
+            moved = index.copy()
+            moved[axis] += round(mm / scan.spacing_mm[axis])
+            others[f"moved by about {abs(mm)} mm along its {name} array axis"] = min(
+                fit.unexplained(moved),
+                others.get(f"moved by about {abs(mm)} mm along its {name} array axis", 1.0),
+            )
     if labels.shape == scan.shape:
-        others["voxel by voxel than by the two headers"] = _unexplained(
-            scan, points.own, points.labels
-        )
+        own = _Fit(scan, points.own, points.labels)
+        others["voxel by voxel than by the two headers"] = own.unexplained(points.own)
     best = min(others, key=lambda way: others[way])
-    left = _unexplained(scan, index, classes)
+    left = fit.unexplained(index)
     much_better = min(max(MUCH_BETTER * left, left - BETTER), left - NOISE)
     return best if others[best] < much_better else ""
 
 
-def _unexplained(scan: Volume, index: NDArray[np.intp], labels: NDArray[Any]) -> float:
-    """The part of the variance of the scan at ``index`` that lies within labels, 0 to 1."""
-    x = _values_at(scan, index).astype(np.float64)
-    low, high = np.quantile(x, (0.01, 0.99))
-    x = np.clip(x, low, high)
-    x -= x.mean()
-    total = float((x * x).sum())
-    if total == 0:
-        return 1.0
-    _, classes = np.unique(labels, return_inverse=True)
-    counts, sums = np.bincount(classes), np.bincount(classes, x)
-    return 1 - float((sums**2 / counts).sum()) / total
+class _Fit:
+    """How well labels explain a scan: the part of its variance that lies within them.
+
+    Args:
+        scan: the scan.
+        index: (3, N), where its values are taken from to see between which they usually lie.
+        labels: (N,), of the points whose values are explained.
+    """
+
+    def __init__(self, scan: Volume, index: NDArray[np.intp], labels: NDArray[Any]) -> None:
+        self._scan = scan
+        self._last = np.array(scan.shape)[:, None] - 1
+        _, self._classes = np.unique(labels, return_inverse=True)
+        self._counts = np.bincount(self._classes)
+        self._low, self._high = np.quantile(_values_at(scan, index), (0.01, 0.99))
+
+    def unexplained(self, index: NDArray[np.intp]) -> float:
+        """0 to 1, with the points at ``index`` (3, N); what lies outside counts as the edge."""
+        x = _values_at(self._scan, np.clip(index, 0, self._last)).astype(np.float64)
+        np.clip(x, self._low, self._high, out=x)
+        x -= x.mean()
+        total = float((x * x).sum())
+        if total == 0:
+            return 1.0
+        sums = np.bincount(self._classes, x)
+        return 1 - float((sums**2 / self._counts).sum()) / total
+
+
+def _looks_like_a_scan(points: _Points, labels: Volume) -> bool:
+    """Whether next to hardly any labelled voxel lies one of the same value."""
+    labelled = points.own[:, points.labels != 0]
+    beside = labelled.copy()
+    beside[0] = np.where(beside[0] > 0, beside[0] - 1, beside[0] + 1)
+    same = labels.data[tuple(beside)] == labels.data[tuple(labelled)]
+    return bool(same.mean() < ALIKE)

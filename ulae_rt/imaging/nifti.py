@@ -5,6 +5,7 @@ import errno
 import gzip
 import logging
 import os
+import re
 import secrets
 import shlex
 import struct
@@ -52,6 +53,7 @@ MAX_EXACT = 2**53
 FAINTEST = 1e-35
 # Hidden names are longer than the places' own, and a file system takes 255 bytes.
 MAX_STEM = 100
+_HIDDEN = re.compile(r"\.([^/]*)\.\d+-[0-9a-f]{8}\.part([^/]*)$")
 # What reading a damaged file raises; isal's stubs take its class for an instance.
 _IsalError = cast(type[Exception], isal_zlib.IsalError)
 _UNREADABLE: tuple[type[Exception], ...] = (_IsalError, EOFError, OSError, ValueError)
@@ -266,8 +268,8 @@ def _check_offset(header: nib.Nifti1Header, size: int | None, name: str, hint: s
     offset, earliest = float(header["vox_offset"]), header.single_vox_offset
     if not np.isfinite(offset) or offset != np.floor(offset) or offset < earliest:
         raise ImageError(
-            f"{name} has its voxels begin at byte {offset:g} (vox_offset), where its header is, "
-            f"expected {earliest} or more",
+            f"{name} has its voxels begin at byte {offset:.10g} (vox_offset), expected a whole "
+            f"number from {earliest} on, behind its header",
             hint,
         )
     if size is not None and offset >= size:
@@ -347,12 +349,28 @@ def volume_from_array(
     data: NDArray[Any], affine: NDArray[Any], *, name: str, kind: Kind = "image"
 ) -> Volume:
     """Check an array (X, Y, Z) with its affine (4, 4), voxel to RAS mm; see `read_volume`."""
-    data, affine = np.asarray(data), np.asarray(affine, dtype=np.float64)
-    if affine.shape != (4, 4):
-        raise GeometryError(
-            f"{name} comes with an affine of shape {affine.shape}, expected (4, 4)",
-            "give (array, affine) with affine from voxel index to RAS mm",
+    if np.ma.isMaskedArray(data):
+        raise ImageError(
+            f"{name} is a masked array, and what is masked would count",
+            "fill it first, with array.filled(0)",
         )
+    data, matrix = np.asarray(data), np.asarray(affine)
+    hint = "give (array, affine) with affine from voxel index to RAS mm"
+    if matrix.shape != (4, 4) or matrix.dtype.kind not in "iuf":
+        raise GeometryError(
+            f"{name} comes with an affine of {matrix.dtype} and shape {matrix.shape}, expected "
+            "real numbers and (4, 4)",
+            hint,
+        )
+    affine = matrix.astype(np.float64)
+    if not np.isfinite(affine).all() or not np.array_equal(affine[3], [0, 0, 0, 1]):
+        raise GeometryError(
+            f"{name} comes with the affine {' '.join(f'{x:g}' for x in affine.ravel())}, expected "
+            "finite numbers and 0 0 0 1 in its last row",
+            hint,
+        )
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise GeometryError(f"{name} comes with an affine that cannot be inverted", hint)
     if data.dtype == np.bool_:
         data = data.astype(np.uint8)
     elif data.dtype == np.float16:
@@ -535,8 +553,28 @@ def read_data(image: nib.Nifti1Image, name: str, kind: Kind = "image") -> NDArra
             ) from None
         widest = np.dtype(np.float32 if kind == "image" else np.float64)
         if data.dtype.kind == "f" and data.dtype.itemsize > widest.itemsize:
+            if kind == "image":
+                check_single_precision(data, name)
             data = data.astype(widest)
     return data.astype(data.dtype.newbyteorder("="), copy=False)
+
+
+def check_single_precision(data: NDArray[Any], name: str) -> None:
+    """Refuse finite values that single precision has no numbers for.
+
+    Raises:
+        ImageError: the largest is beyond 3e38, or so near 0 that all would become 0.
+    """
+    if data.size == 0 or data.dtype.kind != "f" or data.dtype.itemsize <= 4:
+        return
+    largest = max(abs(float(data.min())), abs(float(data.max())))
+    low, high = FAINTEST, float(np.finfo(np.float32).max)
+    if np.isfinite(largest) and largest > 0 and not low <= largest <= high:
+        raise ImageError(
+            f"{name} has values up to {largest:.3g}, expected {low:g} to {high:.3g}: single "
+            "precision has no others",
+            "scale its values, e.g. with numpy",
+        )
 
 
 def _check_promise(image: nib.Nifti1Image, path: Path, name: str) -> None:
@@ -644,6 +682,7 @@ def save_image(image: nib.Nifti1Image, path: PathLike) -> None:
 
 def output_error(path: PathLike, error: OSError) -> OutputError:
     """The error for a path that could not be written: `DiskFull`, or what the system says."""
+    path = _HIDDEN.sub(r"\1\2", str(path))  # as the user has it
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"{path} cannot be written: the disk is full", "free some of it")
     return OutputError(

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.arguments import check_choice
+from ulae_rt.arguments import check_choice, path_of
 from ulae_rt.errors import GeometryError, ImageError, UsageError
 from ulae_rt.imaging.grid import Grid, gap_mm, grid_of
 from ulae_rt.imaging.nifti import (
@@ -85,7 +85,8 @@ class Warp:
 
     def save(self, path: PathLike, fmt: WarpFormat = "itk", *, overwrite: bool = False) -> None:
         """Write a warp file; see `write_warp`."""
-        suffixes = {Path(path): warp_suffixes(fmt)}
+        path = path_of(path)
+        suffixes = {path: warp_suffixes(fmt)}
         with Outputs([path], overwrite=overwrite, suffixes=suffixes) as outputs:
             write_warp(self, outputs.temporary(path), fmt)
             outputs.commit()

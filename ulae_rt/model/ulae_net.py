@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ulae_rt.conventions import SIZE_MULTIPLE
-from ulae_rt.errors import ShapeError, UsageError
+from ulae_rt.errors import DtypeError, ShapeError, UsageError
 from ulae_rt.kernels import compose, resize_displacement, warp, warp_compose
 from ulae_rt.model.blocks import (
     ConvBlock,
@@ -292,6 +292,13 @@ class UlaeNet(nn.Module):
 
     @staticmethod
     def _padded(moving: Tensor, fixed: Tensor) -> tuple["_Crop", Tensor, Tensor]:
+        for name, image in (("moving", moving), ("fixed", fixed)):
+            if not isinstance(image, Tensor) or not image.is_floating_point():
+                given = image.dtype if isinstance(image, Tensor) else type(image).__name__
+                raise DtypeError(
+                    f"{name} is {given}, expected a tensor of a floating type",
+                    "give torch.from_numpy(array).float(); for scans, use ulae_rt.Registrar",
+                )
         if moving.ndim != 5 or moving.shape[1] != 1:
             raise ShapeError(
                 f"moving has shape {tuple(moving.shape)}, expected (B, 1, D, H, W)",
