@@ -371,6 +371,22 @@ def test_a_damaged_mat(tmp_path, at, value, cut):
         assert str(path) in str(error)  # noqa: PT017
 
 
+@pytest.mark.parametrize("cut", [1, 4, 8, 16, 20, 24, 30, 35, 50, 60, 100, 140])
+@pytest.mark.parametrize("kind", ["affine", "translation", "euler"])
+def test_a_truncated_mat_is_refused(tmp_path, kind, cut):
+    """ITK takes the numbers that are missing for 0."""
+    path = tmp_path / "t.mat"
+    sitk.WriteTransform(of_kind(kind, np.random.default_rng(0)), str(path))
+    read_transform(str(path), REFERENCE)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    with pytest.raises(
+        ImageError, match="is truncated: it|is not a readable ITK|is empty"
+    ) as caught:
+        read_transform(str(path), REFERENCE)
+    assert caught.value.hint
+
+
 def test_a_transform_of_minc_is_refused_and_one_of_itk_s_own_is_not(tmp_path):
     """FreeSurfer's talairach.xfm is in RAS, which ITK reads as if it were LPS."""
     path = tmp_path / "talairach.xfm"

@@ -230,16 +230,31 @@ _AFFINE_PARAMETERS = re.compile(
 def _count_in_matlab(path: Path) -> int:
     """How many transforms a MATLAB file has: each is a variable, followed by one called ``fixed``.
 
+    Raises:
+        ImageError: it ends before the numbers that it announces, which ITK takes for 0.
+
     Source: MAT-File Format, "MAT-File Level 4 Format"; itkMatlabTransformIO.cxx.
     """
-    raw, at, count = path.read_bytes(), 0, 0
+    raw, at, count, fixed = path.read_bytes(), 0, 0, 0
     while len(raw) - at >= 20:
         kind, rows, columns, imaginary, length = struct.unpack_from("<5i", raw, at)
         if not 0 <= kind <= 52 or min(rows, columns) < 0 or not 0 < length < 256:
             return count  # not of level 4, or of another byte order: ITK says what it thinks of it
-        count += raw[at + 20 : at + 20 + length].rstrip(b"\0") != b"fixed"
+        is_fixed = raw[at + 20 : at + 20 + length].rstrip(b"\0") == b"fixed"
+        count, fixed = count + (not is_fixed), fixed + is_fixed
         width = {0: 8, 1: 4, 2: 4, 3: 2, 4: 2, 5: 1}.get(kind // 10 % 10, 8)
         at += 20 + length + rows * columns * width * (2 if imaginary else 1)
+    if count and (at != len(raw) or fixed < count):
+        missing = at - len(raw)
+        raise ImageError(
+            f"{path} is truncated: "
+            + (
+                f"it ends {missing} bytes early"
+                if missing > 0
+                else "its last variable is not whole"
+            ),
+            "make it again",
+        )
     return count
 
 
