@@ -387,6 +387,57 @@ def test_a_truncated_mat_is_refused(tmp_path, kind, cut):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("suffix", ["mat", "txt", "h5"])
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (np.zeros((3, 3)), "its matrix is singular"),
+        (np.diag([1.0, 1, 0]), "its matrix is singular"),
+        (np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]), "its matrix is singular"),
+        (np.eye(3) * 1e-9, "changes volumes by a factor of about 1e-27, expected 1e-06 to 1e\\+06"),
+        (np.eye(3) * 1e300, "changes volumes by a factor of about 1e\\+900, expected 1e-06"),
+        (np.eye(3) * np.nan, "NaN or Inf|parameters array size"),
+    ],
+)
+def test_a_matrix_that_no_registration_finds_is_refused(
+    tmp_path, suffix, inverted, matrix, message
+):
+    numbers = " ".join(map(repr, [*matrix.ravel().tolist(), 1.0, 2.0, 3.0]))
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "txt":
+        save_text(path, text(AFFINE_3, numbers))
+    elif suffix == "mat":
+        path.write_bytes(matlab(AFFINE_3, numbers, "5 6 7"))
+    else:
+        save_hdf5(path, [(AFFINE_3, numbers, "5 6 7")])
+    with pytest.raises(ImageError, match=message) as caught:
+        read_transform(f"[{path},{int(inverted)}]", REFERENCE)
+    if "singular" in message:
+        does = "inverted" if inverted else "applied"
+        assert f"t.{suffix} cannot be {does}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("matrix", [np.diag([-1.0, 1, 1]), np.diag([90.0, 90, 90]), np.eye(3) / 90])
+def test_a_mirror_and_other_units_are_applied(tmp_path, matrix):
+    numbers = " ".join(map(repr, [*matrix.ravel().tolist(), 1e5, 2.0, 3.0]))
+    path = save_text(tmp_path / "t.txt", text(AFFINE_3, numbers))
+    assert read_transform(str(path), REFERENCE)
+
+
+@quick
+@given(st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("kind", LINEAR)
+def test_every_linear_type_is_inverted(tmp_path, kind, seed):
+    """SimpleITK has no inverse of some."""
+    transform = of_kind(kind, np.random.default_rng(seed))
+    path = tmp_path / "t.tfm"
+    sitk.WriteTransform(transform, str(path))
+    (inverse,) = read_transform(f"[{path},1]", REFERENCE)
+    back = [inverse.TransformPoint(transform.TransformPoint(p)) for p in LPS_POINTS.tolist()]
+    assert_arrays_close(kind, np.array(back), LPS_POINTS, TOL["displacement float32"])
+
+
 def test_a_transform_of_minc_is_refused_and_one_of_itk_s_own_is_not(tmp_path):
     """FreeSurfer's talairach.xfm is in RAS, which ITK reads as if it were LPS."""
     path = tmp_path / "talairach.xfm"

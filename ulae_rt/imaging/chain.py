@@ -34,6 +34,10 @@ COMPOSITE = "CompositeTransform_"
 XFM_BY_ITK = "%ITK-XFM"
 # A field that ends with less than this ends smoothly.
 SMOOTH_END_MM = 0.5
+# A matrix that shrinks one direction so much more than another is singular, and one that changes
+# volumes by more than this, either way, is no registration.
+SINGULAR = 1e-6
+VOLUME_CHANGE = 1e6
 INVERTED = re.compile(r"\s*\[\s*(?P<path>.+?)\s*,\s*(?P<inverted>[01])\s*\]\s*", re.DOTALL)
 # What looks like it and is not: a.mat[1], [a.mat], [a.mat,yes], [a.mat 1].
 MISSPELT = re.compile(
@@ -104,7 +108,13 @@ def read_transform(text: str, reference: Volume, fmt: WarpFormat | None = None) 
             f"{', '.join((*WARP_SUFFIXES, *ITK_SUFFIXES))}",
             "convert it first, e.g. with mri_warp_convert, c3d_affine_tool or wb_command",
         )
-    return _flat(_read_itk(path, inverted), str(path))
+    transform = _read_itk(path)
+    if not inverted:
+        return _flat(transform, str(path))
+    if not transform.IsLinear():
+        raise _not_linear(path)
+    # Through the matrix: SimpleITK inverts not every linear type.
+    return [_linear(transform, str(path), inverted=True).GetInverse()]
 
 
 def needs_format(text: str) -> bool:
@@ -124,17 +134,11 @@ _ITK_HINT = (
 )
 
 
-def _read_itk(path: Path, inverted: bool) -> sitk.Transform:
+def _read_itk(path: Path) -> sitk.Transform:
     check_file(path)
     _check_one_transform(path)
     try:
         transform: sitk.Transform = sitk.ReadTransform(str(path))
-        if inverted:
-            _check_dimension(transform, path)
-            try:
-                transform = transform.GetInverse()
-            except RuntimeError:
-                raise _not_linear(path) from None
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].split("): ")[-1].strip()
         raise ImageError(f"{path} is not a readable ITK transform: {reason}", _ITK_HINT) from None
@@ -313,8 +317,10 @@ def _flat(transform: sitk.Transform, name: str) -> list[Step]:
     return [transform]
 
 
-def _linear(transform: sitk.Transform, name: str) -> sitk.AffineTransform:
-    """A linear transform of any type as what it does to points.
+def _linear(
+    transform: sitk.Transform, name: str, *, inverted: bool = False
+) -> sitk.AffineTransform:
+    """A linear transform of any type as what it does to points; ``inverted`` is for messages.
 
     SimpleITK takes ITK's MatrixOffsetTransformBase, which fMRIPrep and ANTs write, for a composite
     of itself.
@@ -326,10 +332,32 @@ def _linear(transform: sitk.Transform, name: str) -> sitk.AffineTransform:
     ]
     matrix = np.stack(columns, axis=1) / 1e3
     _check_finite(np.array([matrix, np.broadcast_to(origin, (3, 3))]), name)
+    _check_matrix(matrix, name, inverted)
     affine = sitk.AffineTransform(3)
     affine.SetMatrix(matrix.ravel().tolist())
     affine.SetTranslation(origin.tolist())
     return affine
+
+
+def _check_matrix(matrix: NDArray[np.float64], name: str, inverted: bool) -> None:
+    """Refuse what no registration finds: a singular matrix, or one that changes volumes absurdly.
+
+    Raises:
+        ImageError: it is one of them.
+    """
+    does = "cannot be inverted" if inverted else "cannot be applied"
+    stretches = np.linalg.svd(matrix, compute_uv=False)
+    if stretches[-1] <= SINGULAR * stretches[0]:
+        raise ImageError(
+            f"{name} {does}: its matrix is singular, which makes space flat", "make it again"
+        )
+    power = float(np.log10(stretches).sum())
+    if abs(power) > np.log10(VOLUME_CHANGE):
+        raise ImageError(
+            f"{name} {does}: it changes volumes by a factor of about 1e{power:+.0f}, expected "
+            f"{1 / VOLUME_CHANGE:.0e} to {VOLUME_CHANGE:.0e}",
+            "check its unit, mm, and make it again",
+        )
 
 
 def _check_finite(numbers: NDArray[Any], name: str) -> None:
