@@ -1,6 +1,7 @@
 """Transforms one after the other, as antsApplyTransforms takes them, made one displacement."""
 
 import logging
+import math
 import mmap
 import re
 import struct
@@ -39,6 +40,8 @@ SMOOTH_END_MM = 0.5
 SINGULAR = 1e-6
 VOLUME_CHANGE = 1e6
 INVERTED = re.compile(r"\s*\[\s*(?P<path>.+?)\s*,\s*(?P<inverted>[01])\s*\]\s*", re.DOTALL)
+# Brackets, commas and numbers, and no file.
+NAMELESS = re.compile(r"\s*(?:\[\s*(?:[,;][^\[\]]*)?\]\s*)?")
 # What looks like it and is not: a.mat[1], [a.mat], [a.mat,yes], [a.mat 1].
 MISSPELT = re.compile(
     r"(?P<path>[^\[\]]+?)\s*\[\s*(?P<inverted>[^\[\]]*?)\s*\]\s*"
@@ -69,8 +72,13 @@ def transform_path(text: str) -> tuple[Path, bool]:
     """The file that ``FILE``, ``[FILE,0]`` or ``[FILE,1]`` names, and whether it is inverted.
 
     Raises:
-        UsageError: brackets that mean something else, and no file of that name.
+        UsageError: brackets that mean something else or name no file, and no file of that name.
     """
+    if NAMELESS.fullmatch(text) and not (text and Path(text).exists()):
+        raise UsageError(
+            f"{text!r} names no file, expected FILE, [FILE,0] or [FILE,1]",
+            "write the transform's file in front of the comma, or alone",
+        )
     if match := INVERTED.fullmatch(text):
         return Path(match["path"]), match["inverted"] == "1"
     if (match := MISSPELT.fullmatch(text)) and not Path(text).exists():
@@ -140,16 +148,29 @@ def _read_itk(path: Path) -> sitk.Transform:
     try:
         transform: sitk.Transform = sitk.ReadTransform(str(path))
     except RuntimeError as error:
+        if match := _NO_SUCH_TYPE.search(str(error)):
+            raise _unknown_type(path, match[1]) from None
+        if "Transform is not of type" in str(error):
+            raise _unheld_type(path) from None
         reason = str(error).strip().splitlines()[-1].split("): ")[-1].strip()
         raise ImageError(f"{path} is not a readable ITK transform: {reason}", _ITK_HINT) from None
     # SimpleITK has no class of its own for a few of ITK's types, or raises on the way to it.
     except (KeyError, TypeError):
-        raise _unknown_type(path) from None
+        raise _unheld_type(path) from None
     _check_dimension(transform, path)
     return transform
 
 
-def _unknown_type(path: Path) -> ImageError:
+_NO_SUCH_TYPE = re.compile(r'Could not create an instance of "([^"]*)"')
+
+
+def _unknown_type(path: Path, kind: str) -> ImageError:
+    return ImageError(
+        f"{path} holds a transform of the type {kind[:80]!r}, which ITK does not know", _ITK_HINT
+    )
+
+
+def _unheld_type(path: Path) -> ImageError:
     return ImageError(
         f"{path} holds a transform of a type that SimpleITK does not know",
         "make it a warp: antsApplyTransforms -d 3 -r FIXED -t FILE -o [warp.nii.gz,1]",
@@ -208,6 +229,8 @@ def _types_in_text(path: Path) -> list[str]:
             if colon and fields:
                 fields[-1][key.strip()] = value.strip()
     for number, transform in enumerate(fields, 1):
+        if not _TYPE.fullmatch(transform["Transform"]):
+            raise _unknown_type(path, transform["Transform"])
         if transform["Transform"].startswith(COMPOSITE):
             continue
         for key in ("Parameters", "FixedParameters"):
@@ -215,6 +238,13 @@ def _types_in_text(path: Path) -> list[str]:
                 raise ImageError(
                     f"{path} is truncated: transform {number} has no line {key}", "make it again"
                 )
+            for word in transform[key].split():
+                if not _is_number(word):
+                    raise ImageError(
+                        f"{path} is damaged: transform {number} has {word[:40]!r} among its {key}, "
+                        "expected numbers",
+                        "make it again",
+                    )
         wanted = _AFFINE_PARAMETERS.match(transform["Transform"])
         count = len(transform["Parameters"].split())
         if wanted and count != int(wanted[2]) * (int(wanted[1]) + 1):
@@ -223,9 +253,37 @@ def _types_in_text(path: Path) -> list[str]:
                 f"{int(wanted[2]) * (int(wanted[1]) + 1)}",
                 "make it again",
             )
+        fewest = _FEWEST_PARAMETERS.get(transform["Transform"].partition("Transform_")[0], 0)
+        if count < fewest and transform["Transform"].endswith("_3_3"):
+            raise ImageError(
+                f"{path} is damaged: transform {number} has {count} parameters, expected {fewest}",
+                "make it again",
+            )
     return [transform["Transform"] for transform in fields]
 
 
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word)) and "_" not in word
+    except ValueError:
+        return False
+
+
+# ITK's reader puts another precision in; of a name of another form it says nothing useful.
+_TYPE = re.compile(r"\w+_(?:double|float)_\d+_\d+")
+# In 3-D. ITK reads beyond the end of some that have fewer, to the point of a crash.
+_FEWEST_PARAMETERS = {
+    "Euler3D": 6,
+    "QuaternionRigid": 7,
+    "Scale": 3,
+    "ScaleLogarithmic": 3,
+    "ScaleSkewVersor3D": 15,
+    "ScaleVersor3D": 9,
+    "Similarity3D": 7,
+    "Translation": 3,
+    "Versor": 3,
+    "VersorRigid3D": 6,
+}
 _AFFINE_PARAMETERS = re.compile(
     r"(?:Affine|MatrixOffset)Transform(?:Base)?_(?:double|float)_(\d)_(\d)$"
 )
