@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
             f"--shape is {shape}, expected multiples of 16 up to 512", "use --shape 160 192 160"
         )
     scans = find_scans(arguments.scans)
+    _check_apart(scans, arguments.out)
     template = with_background(read_volume(arguments.template))
     grid, lost = working_grid(template, shape)
     warn_cut_off(lost, template.name, grid)
@@ -153,7 +154,9 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     if failed:
         raise ImageError(
             f"{len(failed)} of {len(scans)} scans failed: {', '.join(failed)}",
-            f"the reasons are above and in {manifest}; the others are prepared",
+            f"the reasons are above and in {manifest}; the others are prepared"
+            if done
+            else f"the reasons are above and in {manifest}",
         )
     return result
 
@@ -295,6 +298,22 @@ def _columns(source: Path, header: list[str]) -> dict[str, int]:
             )
     # Every column's place counts, also of those that are not read.
     return {name: place for place, name in enumerate(header)}
+
+
+def _check_apart(scans: list[Scan], folder: Path) -> None:
+    """Refuse to write among the scans, where what is prepared would be taken for scans.
+
+    Raises:
+        UsageError: a scan or its label map lies in ``folder``.
+    """
+    there = folder.resolve()
+    for scan in scans:
+        for path in (scan.image, scan.labels):
+            if path is not None and path.parent.resolve() == there:
+                raise UsageError(
+                    f"{folder} is the folder of {path.name}, expected one without the scans",
+                    "give another folder to -o",
+                )
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

@@ -192,11 +192,29 @@ def test_labels_beyond_16_bits_fail_that_scan_alone(tmp_path, capsys):
     out = tmp_path / "o"
     command = ["prepare", str(scan), "-o", str(out), "--template", str(scan), *SHAPE]
     assert main([*command, "--affine", "none"]) == 1
-    assert "1 of 1 scans failed: a" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of 1 scans failed: a" in said
+    assert f"hint: the reasons are above and in {out / 'prepared.json'}\n" in said
     assert (
         "labels from 0 to 70000" in json.loads((out / "prepared.json").read_text())["failed"]["a"]
     )
     assert sorted(os.listdir(out)) == [".lock", "prepared.json"]
+
+
+@pytest.mark.follows("give another folder to -o")
+@pytest.mark.parametrize("given", [".", "x.nii.gz", "list.txt"])
+def test_the_folder_of_the_scans_is_not_written_to(tmp_path, capsys, monkeypatch, given):
+    (tmp_path / "scans").mkdir()
+    monkeypatch.chdir(tmp_path / "scans")
+    save_brain(tmp_path / "scans" / "x.nii.gz", *GEOMETRIES["RAS"])
+    (tmp_path / "scans" / "list.txt").write_text("x.nii.gz\n")
+    flags = ["--template", "x.nii.gz", *SHAPE, "--affine", "none"]
+    assert main(["prepare", given, "-o", str(tmp_path / "scans"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert "scans is the folder of x.nii.gz, expected one without the scans" in said
+    assert "hint: give another folder to -o" in said
+    assert sorted(os.listdir()) == ["list.txt", "x.nii.gz"]
+    assert main(["prepare", given, "-o", str(tmp_path / "o"), *flags]) == 0
 
 
 def scans(path):
