@@ -210,6 +210,16 @@ def test_mistakes_are_said_before_any_work(listed, network, tmp_path, capsys):
         assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("flag", "least"), [("--batch-size", 1), ("--workers", 1), ("--pictures", 0)]
+)
+@pytest.mark.parametrize("value", ["-1", "-2", "1.5", "x"])
+def test_what_is_no_count_is_told_where_counts_begin(tmp_path, capsys, flag, least, value):
+    with pytest.raises(SystemExit):
+        main(["batch", "pairs.csv", "-o", str(tmp_path / "o"), f"{flag}={value}"])
+    assert f"'{value}', expected a whole number from {least}" in capsys.readouterr().err
+
+
 def test_files_outside_the_lists_folder_are_shown(listed, network, tmp_path, capsys):
     (tmp_path / "pairs.csv").write_text(
         f"id,moving,fixed\na,{os.path.relpath(listed.parent, tmp_path)}/LIA.nii.gz,"
