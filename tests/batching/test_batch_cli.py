@@ -357,6 +357,30 @@ def test_a_format_of_no_warp_gets_a_warp_or_is_left_out(one, network, tmp_path, 
         assert call(capsys, *flags)[0] == 0
 
 
+@pytest.mark.follows("fill the column moving_labels of the list, or add moved or warp to --outputs")
+@pytest.mark.parametrize("labelled", [0, 1])
+def test_labels_alone_of_pairs_without_labels_are_refused(
+    listed, network, tmp_path, capsys, labelled
+):
+    path = listed.parent / "bare.csv"
+    lines = ["id,moving,fixed,moving_labels"]
+    lines += [f"p{n},LIA.nii.gz,RAS.nii.gz," + "LIA.nii.gz" * (n < labelled) for n in range(2)]
+    path.write_text("\n".join(lines))
+    flags = (path, "--affine", "none", "--outputs", "moved_labels")
+    status, errors = call(capsys, *flags, "-o", tmp_path / "o")
+    assert status == 2
+    assert f"writes nothing for {2 - labelled} of 2 pairs, which have no moving_labels: p" in errors
+    assert "hint: fill the column moving_labels" in errors
+    assert not (tmp_path / "o").exists()
+    for kind in ("moved", "warp"):
+        assert call(capsys, *flags, kind, "-o", tmp_path / kind)[0] == 0
+        assert (tmp_path / kind / "pairs" / "p1" / f"{kind}.nii.gz").exists()
+    full = [f"p{n},LIA.nii.gz,RAS.nii.gz,LIA.nii.gz" for n in range(2)]
+    path.write_text("\n".join([lines[0], *full]))
+    assert call(capsys, *flags, "-o", tmp_path / "o")[0] == 0
+    assert (tmp_path / "o" / "pairs" / "p1" / "moved_labels.nii.gz").exists()
+
+
 @pytest.mark.follows("says why; mend them and give --resume")
 def test_a_pair_that_failed_is_mended_and_gone_on_with(one, listed, network, tmp_path, capsys):
     scan = listed.parent / "late.nii.gz"
