@@ -185,7 +185,7 @@ def _check_labels(labels: Sequence[int], cases: Sequence[Case], *, whole: bool) 
         )
     if absent:
         logger.warning(
-            "of --labels, %s: no pair that was measured has it in both of its label maps",
+            "label %s: no pair that was measured has it in both of its label maps",
             ", ".join(absent),
         )
 

@@ -180,7 +180,7 @@ def test_labels_that_no_map_has_are_said(tmp_path, pairs, capsys):
     assert "hint: give labels that the maps have, or leave --labels out" in said
     assert not list((tmp_path / "report").iterdir())
     assert evaluate(tmp_path, network, "--labels", "9,9999") == 0
-    assert "of --labels, 9999: no pair that was measured has it" in capsys.readouterr().err
+    assert "label 9999: no pair that was measured has it" in capsys.readouterr().err
     for flags in (["--labels", "9"], []):
         assert evaluate(tmp_path, network, "--overwrite", *flags) == 0
         assert "no pair" not in capsys.readouterr().err
@@ -193,7 +193,7 @@ def test_labels_that_were_in_maps_that_failed_are_not_said_to_be_nowhere(tmp_pat
     assert evaluate(tmp_path, network, "--labels", "9999") == 1
     said = capsys.readouterr().err
     assert "registrations could not be measured" in said
-    assert "of --labels, 9999: no pair that was measured has it" in said
+    assert "label 9999: no pair that was measured has it" in said
 
 
 def unlabelled(pair):
