@@ -89,14 +89,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number")
-    return int(text)
+    return _whole(text, 0)
 
 
 def _positive(text: str) -> int:
-    if _count(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
+    return _whole(text, 1)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from {least}")
     return int(text)
 
 
@@ -112,6 +114,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         )
     wanted = Wanted(outputs, arguments.warp_format or "itk")
     pairs = read_pairs(arguments.pairs)
+    _check_written(pairs, outputs)
     if shard is not None:
         pairs = shard.of(pairs)
     _show_outside(pairs, arguments.pairs.parent, report)
@@ -287,6 +290,22 @@ def _judged(summary: dict[str, Any], folder: ResultsFolder) -> dict[str, Any]:
             summary,
         )
     return summary
+
+
+def _check_written(pairs: Sequence[Pair], outputs: tuple[str, ...]) -> None:
+    """Whether something is written for each pair: moved labels are only where there are labels.
+
+    Raises:
+        UsageError: nothing is, for one at least.
+    """
+    bare = [pair.id for pair in pairs if pair.moving_labels is None]
+    if outputs == ("moved_labels",) and bare:
+        names = ", ".join(bare[:SHOWN]) + (", ..." if len(bare) > SHOWN else "")
+        raise UsageError(
+            f"--outputs moved_labels writes nothing for {len(bare)} of {len(pairs)} pairs, which "
+            f"have no moving_labels: {names}",
+            "fill the column moving_labels of the list, or add moved or warp to --outputs",
+        )
 
 
 def _show_outside(pairs: list[Pair], folder: Path, report: "Report") -> None:

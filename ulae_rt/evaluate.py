@@ -1,6 +1,7 @@
 """Measure registrations against label maps and landmarks, beside doing nothing."""
 
 import argparse
+import logging
 import math
 import re
 import sys
@@ -41,6 +42,8 @@ from ulae_rt.optional import require
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
+
+logger = logging.getLogger(__name__)
 
 # The two that stand beside every method: images as they lie in the world, and the matrix alone.
 ZERO, AFFINE = "zero-displacement", "affine-only"
@@ -112,6 +115,8 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         )
         if not cases:
             raise EvaluationError(f"{failures[0].id}: {failures[0].error}", failures[0].hint)
+        if arguments.protocol is None and protocol.labels is not None:
+            _check_labels(protocol.labels, cases, whole=not failures)
         summary, comparisons = summarised(cases, protocol), compared(cases)
         texts = _texts(cases, protocol, markdown(summary, comparisons, protocol))
         for name, text in texts.items():
@@ -158,6 +163,31 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
             "give for example --labels 2,4,17, or leave it out",
         )
     return Protocol.of_labels([int(label) for label in arguments.labels.split(",")])
+
+
+def _check_labels(labels: Sequence[int], cases: Sequence[Case], *, whole: bool) -> None:
+    """Warn of labels asked for that were measured nowhere.
+
+    Args:
+        labels: asked for.
+        cases: what was measured.
+        whole: nothing failed, so that they are all there is.
+
+    Raises:
+        EvaluationError: no label was measured, and all maps were read.
+    """
+    there = {label for case in cases for label, dice in case.dice.items() if not math.isnan(dice)}
+    absent = [str(label) for label in labels if label not in there]
+    if whole and len(absent) == len(labels):
+        raise EvaluationError(
+            f"--labels is {','.join(absent)}, and no pair has any of them in both label maps",
+            "give labels that the maps have, or leave --labels out",
+        )
+    if absent:
+        logger.warning(
+            "label %s: no pair that was measured has it in both of its label maps",
+            ", ".join(absent),
+        )
 
 
 def _opened(sources: Sequence[str]) -> tuple[list[Pair], list[_Method]]:

@@ -21,6 +21,8 @@ from ulae_rt.errors import ImageError, OutputError, UlaeError, UsageError
 from ulae_rt.files import locked_run
 from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode, register_affine
 from ulae_rt.imaging.grid import (
+    CUT_OFF,
+    NO_OVERLAP,
     NORMALISATION,
     WORKING_SHAPE,
     Grid,
@@ -119,8 +121,11 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
             f"--shape is {shape}, expected multiples of 16 up to 512", "use --shape 160 192 160"
         )
     scans = find_scans(arguments.scans)
+    _check_apart(scans, arguments.out)
     template = with_background(read_volume(arguments.template))
     grid, lost = working_grid(template, shape)
+    if lost > NO_OVERLAP:
+        raise _too_small(template, shape, lost)
     warn_cut_off(lost, template.name, grid)
     with locked_run(arguments.out):
         _check_folder(arguments.out, arguments.overwrite)
@@ -153,7 +158,9 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     if failed:
         raise ImageError(
             f"{len(failed)} of {len(scans)} scans failed: {', '.join(failed)}",
-            f"the reasons are above and in {manifest}; the others are prepared",
+            f"the reasons are above and in {manifest}; the others are prepared"
+            if done
+            else f"the reasons are above and in {manifest}",
         )
     return result
 
@@ -295,6 +302,48 @@ def _columns(source: Path, header: list[str]) -> dict[str, int]:
             )
     # Every column's place counts, also of those that are not read.
     return {name: place for place, name in enumerate(header)}
+
+
+def _too_small(template: Volume, shape: tuple[int, ...], lost: float) -> UsageError:
+    """That ``shape`` is too small for the template, with one that holds it."""
+    fits = _fitting(template)
+    return UsageError(
+        f"--shape {' '.join(map(str, shape))} is too small for the brain of {template.name}: "
+        f"{100 * lost:.3g} % of it lies outside",
+        f"give --shape {' '.join(map(str, fits))}, which holds it"
+        if fits
+        else "check the unit of its header, mm, and how it was masked",
+    )
+
+
+def _fitting(template: Volume) -> tuple[int, int, int] | None:
+    """The smallest shape in steps of 16 that holds a template's brain; None beyond 512."""
+    points = template.affine[:3, :3] @ np.nonzero(template.data > 0)
+    # Specks far from the head do not count.
+    low, high = np.quantile(points, [CUT_OFF / 10, 1 - CUT_OFF / 10], axis=1)
+    sizes = (np.ceil((high - low + 1) / 16) * 16).astype(int)
+    while sizes.max() <= 512:
+        right, front, up = sizes.tolist()
+        if working_grid(template, (right, front, up))[1] <= CUT_OFF:
+            return right, front, up
+        sizes += 16
+    return None
+
+
+def _check_apart(scans: list[Scan], folder: Path) -> None:
+    """Refuse to write among the scans, where what is prepared would be taken for scans.
+
+    Raises:
+        UsageError: a scan or its label map lies in ``folder``.
+    """
+    there = folder.resolve()
+    for scan in scans:
+        for path in (scan.image, scan.labels):
+            if path is not None and path.parent.resolve() == there:
+                raise UsageError(
+                    f"{folder} is the folder of {path.name}, expected one without the scans",
+                    "give another folder to -o",
+                )
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

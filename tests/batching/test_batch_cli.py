@@ -210,6 +210,16 @@ def test_mistakes_are_said_before_any_work(listed, network, tmp_path, capsys):
         assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("flag", "least"), [("--batch-size", 1), ("--workers", 1), ("--pictures", 0)]
+)
+@pytest.mark.parametrize("value", ["-1", "-2", "1.5", "x"])
+def test_what_is_no_count_is_told_where_counts_begin(tmp_path, capsys, flag, least, value):
+    with pytest.raises(SystemExit):
+        main(["batch", "pairs.csv", "-o", str(tmp_path / "o"), f"{flag}={value}"])
+    assert f"'{value}', expected a whole number from {least}" in capsys.readouterr().err
+
+
 def test_files_outside_the_lists_folder_are_shown(listed, network, tmp_path, capsys):
     (tmp_path / "pairs.csv").write_text(
         f"id,moving,fixed\na,{os.path.relpath(listed.parent, tmp_path)}/LIA.nii.gz,"
@@ -345,6 +355,30 @@ def test_a_format_of_no_warp_gets_a_warp_or_is_left_out(one, network, tmp_path, 
         assert (tmp_path / "out" / "pairs" / "a" / f"{remedy}.nii.gz").exists()
     else:
         assert call(capsys, *flags)[0] == 0
+
+
+@pytest.mark.follows("fill the column moving_labels of the list, or add moved or warp to --outputs")
+@pytest.mark.parametrize("labelled", [0, 1])
+def test_labels_alone_of_pairs_without_labels_are_refused(
+    listed, network, tmp_path, capsys, labelled
+):
+    path = listed.parent / "bare.csv"
+    lines = ["id,moving,fixed,moving_labels"]
+    lines += [f"p{n},LIA.nii.gz,RAS.nii.gz," + "LIA.nii.gz" * (n < labelled) for n in range(2)]
+    path.write_text("\n".join(lines))
+    flags = (path, "--affine", "none", "--outputs", "moved_labels")
+    status, errors = call(capsys, *flags, "-o", tmp_path / "o")
+    assert status == 2
+    assert f"writes nothing for {2 - labelled} of 2 pairs, which have no moving_labels: p" in errors
+    assert "hint: fill the column moving_labels" in errors
+    assert not (tmp_path / "o").exists()
+    for kind in ("moved", "warp"):
+        assert call(capsys, *flags, kind, "-o", tmp_path / kind)[0] == 0
+        assert (tmp_path / kind / "pairs" / "p1" / f"{kind}.nii.gz").exists()
+    full = [f"p{n},LIA.nii.gz,RAS.nii.gz,LIA.nii.gz" for n in range(2)]
+    path.write_text("\n".join([lines[0], *full]))
+    assert call(capsys, *flags, "-o", tmp_path / "o")[0] == 0
+    assert (tmp_path / "o" / "pairs" / "p1" / "moved_labels.nii.gz").exists()
 
 
 @pytest.mark.follows("says why; mend them and give --resume")

@@ -316,7 +316,7 @@ def all_wrong(made, tmp_path_factory):
     whole = (files / "turn.h5").read_bytes()
     (files / "cut.h5").write_bytes(whole[: len(whole) // 2])
     sitk.WriteTransform(sitk.AffineTransform(2), str(files / "flat.mat"))
-    sitk.WriteTransform(itk_affine(np.diag([1.0, 1, 0, 1])), str(files / "turn.mat"))
+    sitk.WriteTransform(itk_affine(np.diag([1.0, 1, 0, 1])), str(files / "flattens.mat"))
     sitk.WriteTransform(sitk.TranslationTransform(3, [np.nan, 0, 0]), str(files / "nan.mat"))
     sitk.WriteTransform(itk_affine(far), str(files / "far.mat"))
     return files
@@ -360,7 +360,8 @@ def wrong(all_wrong, tmp_path):
         ({"transforms": ["nan.mat"]}, [], 1, "nan.mat has NaN or Inf"),
         ({"transforms": ["x.m3z"]}, [], 2, "x.m3z is no kind of transform that is known"),
         ({"transforms": ["[warp.nii.gz,1]"]}, [], 2, "warp.nii.gz cannot be inverted on the way"),
-        ({"transforms": ["[turn.mat,1]"]}, [], 2, "turn.mat cannot be inverted on the way"),
+        ({"transforms": ["[flattens.mat,1]"]}, [], 1, "cannot be inverted: its matrix is singular"),
+        ({"transforms": ["flattens.mat"]}, [], 1, "cannot be applied: its matrix is singular"),
         # images
         ({"image": "nan"}, [], 1, "nan.nii.gz has 1 NaN or Inf voxels"),
         ({"image": "series"}, [], 1, "expected one 3-D volume"),

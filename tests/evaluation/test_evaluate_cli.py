@@ -171,6 +171,31 @@ def test_labels_can_be_chosen(tmp_path, pairs):
         assert {each["label"] for each in csv.DictReader(file)} == {"4", "9"}
 
 
+@pytest.mark.follows("give labels that the maps have, or leave --labels out")
+def test_labels_that_no_map_has_are_said(tmp_path, pairs, capsys):
+    network = batch(tmp_path / "network", pairs)
+    assert evaluate(tmp_path, network, "--labels", "9999,77") == 1
+    said = capsys.readouterr().err
+    assert "--labels is 77,9999, and no pair has any of them in both label maps" in said
+    assert "hint: give labels that the maps have, or leave --labels out" in said
+    assert not list((tmp_path / "report").iterdir())
+    assert evaluate(tmp_path, network, "--labels", "9,9999") == 0
+    assert "label 9999: no pair that was measured has it" in capsys.readouterr().err
+    for flags in (["--labels", "9"], []):
+        assert evaluate(tmp_path, network, "--overwrite", *flags) == 0
+        assert "no pair" not in capsys.readouterr().err
+        assert cases(tmp_path)["network", "a"]["dice"]
+
+
+def test_labels_that_were_in_maps_that_failed_are_not_said_to_be_nowhere(tmp_path, pairs, capsys):
+    network = batch(tmp_path / "network", pairs)
+    pairs[0].fixed_labels.write_bytes(b"")
+    assert evaluate(tmp_path, network, "--labels", "9999") == 1
+    said = capsys.readouterr().err
+    assert "registrations could not be measured" in said
+    assert "label 9999: no pair that was measured has it" in said
+
+
 def unlabelled(pair):
     return replace(pair, moving_labels=None)
 

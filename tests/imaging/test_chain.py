@@ -317,9 +317,11 @@ def test_several_transforms_in_a_file_are_refused_and_the_hint_works(
         (f"Transform: {AFFINE_3}\nParameters: {NUMBERS}\n", "has no line FixedParameters"),
         (text(AFFINE_3, NUMBERS + " 4 5"), "transform 1 has 14 parameters, expected 12"),
         (text(AFFINE_3, NUMBERS[:-4]), "transform 1 has 10 parameters, expected 12"),
-        (text(AFFINE_3, NUMBERS[:-1] + "x"), "is not a readable ITK transform"),
-        (text(AFFINE_3, NUMBERS[:-1] + "nan"), "is not a readable ITK transform"),
-        (text(AFFINE_3, NUMBERS, "5 x 7"), "is not a readable ITK transform"),
+        (text(AFFINE_3, NUMBERS[:-1] + "x"), "1 has 'x' among its Parameters, expected numbers"),
+        (text(AFFINE_3, NUMBERS[:-1] + "nan"), "1 has 'nan' among its Parameters"),
+        (text(AFFINE_3, NUMBERS[:-1] + "-inf"), "1 has '-inf' among its Parameters"),
+        (text(AFFINE_3, NUMBERS[:-1] + "1e999"), "1 has '1e999' among its Parameters"),
+        (text(AFFINE_3, NUMBERS, "5 x 7"), "1 has 'x' among its FixedParameters"),
         (text(COMPOSITE, "", ""), "is a composite transform without any part"),
         (text("AffineTransform_double_2_2", "1 0 0 1 2 3", "0 0"), "of 2 dimensions, expected 3"),
         (text("MatrixOffsetTransformBase_double_2_2", "1 0 0 1 2 3", "0 0"), "of 2 dimensions"),
@@ -327,14 +329,20 @@ def test_several_transforms_in_a_file_are_refused_and_the_hint_works(
         (text("Euler2DTransform_float_2_2", "0.1 2 3", "0 0"), "of 2 dimensions, expected 3"),
         (text("TranslationTransform_double_2_2", "1 2", ""), "of 2 dimensions, expected 3"),
         (text("AffineTransform_double_4_4", "1 " * 20), "is not a readable ITK transform"),
-        (text("CenteredAffineTransform_double_3_3", NUMBERS + " 4 5 6"), "not a readable ITK"),
-        (text("CenteredEuler3DTransform_double_3_3", ".1 0 0 1 2 3 4 5 6"), "not a readable ITK"),
-        (text("ScalableAffineTransform_double_3_3"), "is not a readable ITK transform"),
-        (text("ThinPlateSplineKernelTransform_double_3_3"), "is not a readable ITK transform"),
-        (text("BSplineDeformableTransform_double_3_3"), "is not a readable ITK transform"),
-        (text("NoSuchTransform_double_3_3"), "is not a readable ITK transform"),
+        (text("CenteredAffineTransform_double_3_3", NUMBERS + " 4 5 6"), "type that SimpleITK"),
+        (text("CenteredEuler3DTransform_double_3_3", "0 0 0 1 2 3 4 5 6"), "type that SimpleITK"),
+        (text("VersorTransform_float_3_3", ""), "transform 1 has 0 parameters, expected 3"),
+        (text("VersorTransform_double_3_3", "0.1 0"), "1 has 2 parameters, expected 3"),
+        (text("Similarity3DTransform_double_3_3", "0.1 0"), "1 has 2 parameters, expected 7"),
+        (text("ScalableAffineTransform_double_3_3"), "of a type that SimpleITK does not know"),
+        (text("ThinPlateSplineKernelTransform_double_3_3"), "which ITK does not know"),
+        (text("BSplineDeformableTransform_double_3_3"), "which ITK does not know"),
+        (text("NoSuchTransform_double_3_3"), "which ITK does not know"),
         (text("BSplineTransform_double_3_3", "1 2 3"), "is not a readable ITK transform"),
         (text("DisplacementFieldTransform_double_3_3", "1 2 3"), "is not a readable ITK transform"),
+        (text("NoSuchTransform_float_3_3"), "the type 'NoSuchTransform_.*', which ITK does not"),
+        (text("AffineTransform"), "the type 'AffineTransform', which ITK does not know"),
+        (text(""), "the type '', which ITK does not know"),
         ("", "is not a readable ITK transform"),
         ("1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", "is not a readable ITK transform"),
     ],
@@ -369,6 +377,73 @@ def test_a_damaged_mat(tmp_path, at, value, cut):
         displacement(path)
     except UlaeError as error:
         assert str(path) in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("cut", [1, 4, 8, 16, 20, 24, 30, 35, 50, 60, 100, 140])
+@pytest.mark.parametrize("kind", ["affine", "translation", "euler"])
+def test_a_truncated_mat_is_refused(tmp_path, kind, cut):
+    """ITK takes the numbers that are missing for 0."""
+    path = tmp_path / "t.mat"
+    sitk.WriteTransform(of_kind(kind, np.random.default_rng(0)), str(path))
+    read_transform(str(path), REFERENCE)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    with pytest.raises(
+        ImageError, match=r"is truncated: it|is not a readable ITK|is empty"
+    ) as caught:
+        read_transform(str(path), REFERENCE)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("suffix", ["mat", "txt", "h5"])
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (np.zeros((3, 3)), "its matrix is singular"),
+        (np.diag([1.0, 1, 0]), "its matrix is singular"),
+        (np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]), "its matrix is singular"),
+        (np.eye(3) * 1e-9, "changes volumes by a factor of about 1e-27, expected 1e-06 to 1e\\+06"),
+        (np.eye(3) * 1e300, "changes volumes by a factor of about 1e\\+900, expected 1e-06"),
+        (np.eye(3) * np.nan, "NaN or Inf|has 'nan' among"),
+    ],
+)
+def test_a_matrix_that_no_registration_finds_is_refused(
+    tmp_path, suffix, inverted, matrix, message
+):
+    numbers = " ".join(map(repr, [*matrix.ravel().tolist(), 1.0, 2.0, 3.0]))
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "txt":
+        save_text(path, text(AFFINE_3, numbers))
+    elif suffix == "mat":
+        path.write_bytes(matlab(AFFINE_3, numbers, "5 6 7"))
+    else:
+        save_hdf5(path, [(AFFINE_3, numbers, "5 6 7")])
+    with pytest.raises(ImageError, match=message) as caught:
+        read_transform(f"[{path},{int(inverted)}]", REFERENCE)
+    if "singular" in message:
+        does = "inverted" if inverted else "applied"
+        assert f"t.{suffix} cannot be {does}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("matrix", [np.diag([-1.0, 1, 1]), np.diag([90.0, 90, 90]), np.eye(3) / 90])
+def test_a_mirror_and_other_units_are_applied(tmp_path, matrix):
+    numbers = " ".join(map(repr, [*matrix.ravel().tolist(), 1e5, 2.0, 3.0]))
+    path = save_text(tmp_path / "t.txt", text(AFFINE_3, numbers))
+    assert read_transform(str(path), REFERENCE)
+
+
+@quick
+@given(st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("kind", LINEAR)
+def test_every_linear_type_is_inverted(tmp_path, kind, seed):
+    """SimpleITK has no inverse of some."""
+    transform = of_kind(kind, np.random.default_rng(seed))
+    path = tmp_path / "t.tfm"
+    sitk.WriteTransform(transform, str(path))
+    (inverse,) = read_transform(f"[{path},1]", REFERENCE)
+    back = [inverse.TransformPoint(transform.TransformPoint(p)) for p in LPS_POINTS.tolist()]
+    assert_arrays_close(kind, np.array(back), LPS_POINTS, TOL["displacement float32"])
 
 
 def test_a_transform_of_minc_is_refused_and_one_of_itk_s_own_is_not(tmp_path):
@@ -406,6 +481,13 @@ def test_brackets_that_mean_something_else_and_the_hint(tmp_path, monkeypatch, w
     assert caught.value.hint == "write '[a.mat,1]' for the inverse of a.mat, or a.mat"
     for right in ("[a.mat,1]", "a.mat"):
         read_transform(right, REFERENCE)
+
+
+@pytest.mark.parametrize("wrong", ["[,1]", "[ , 0]", "[ ,1 ]", "[]", "[,]", "[;1]", "", " "])
+def test_brackets_without_a_file(wrong):
+    with pytest.raises(UsageError, match=re.escape(f"{wrong!r} names no file")) as caught:
+        transform_path(wrong)
+    assert "in front of the comma" in caught.value.hint
 
 
 def test_a_file_whose_name_has_brackets_is_itself(tmp_path):

@@ -192,11 +192,52 @@ def test_labels_beyond_16_bits_fail_that_scan_alone(tmp_path, capsys):
     out = tmp_path / "o"
     command = ["prepare", str(scan), "-o", str(out), "--template", str(scan), *SHAPE]
     assert main([*command, "--affine", "none"]) == 1
-    assert "1 of 1 scans failed: a" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of 1 scans failed: a" in said
+    assert f"hint: the reasons are above and in {out / 'prepared.json'}\n" in said
     assert (
         "labels from 0 to 70000" in json.loads((out / "prepared.json").read_text())["failed"]["a"]
     )
     assert sorted(os.listdir(out)) == [".lock", "prepared.json"]
+
+
+@pytest.mark.follows("give another folder to -o")
+@pytest.mark.parametrize("given", [".", "x.nii.gz", "list.txt"])
+def test_the_folder_of_the_scans_is_not_written_to(tmp_path, capsys, monkeypatch, given):
+    (tmp_path / "scans").mkdir()
+    monkeypatch.chdir(tmp_path / "scans")
+    save_brain(tmp_path / "scans" / "x.nii.gz", *GEOMETRIES["RAS"])
+    (tmp_path / "scans" / "list.txt").write_text("x.nii.gz\n")
+    flags = ["--template", "x.nii.gz", *SHAPE, "--affine", "none"]
+    assert main(["prepare", given, "-o", str(tmp_path / "scans"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert "scans is the folder of x.nii.gz, expected one without the scans" in said
+    assert "hint: give another folder to -o" in said
+    assert sorted(os.listdir()) == ["list.txt", "x.nii.gz"]
+    assert main(["prepare", given, "-o", str(tmp_path / "o"), *flags]) == 0
+
+
+@pytest.mark.follows("give --shape {}, which holds it")
+def test_a_shape_too_small_for_the_template_and_one_that_holds_it(tmp_path, capsys):
+    scan = str(save_brain(tmp_path / "a.nii.gz", *GEOMETRIES["RAS"]))
+    command = ["prepare", scan, "-o", str(tmp_path / "o"), "--template", scan, "--affine", "none"]
+    assert main([*command, "--shape", "16", "16", "16"]) == 2
+    said = capsys.readouterr().err
+    assert f"--shape 16 16 16 is too small for the brain of {scan}: 9" in said
+    assert not (tmp_path / "o").exists()
+    shape = said.partition("hint: give --shape ")[2].partition(",")[0].split()
+    assert main([*command, "--shape", *shape]) == 0
+    assert "cut off" not in capsys.readouterr().err
+
+
+def test_a_template_that_no_shape_holds_is_told_to_check_its_unit(tmp_path, capsys):
+    shape, affine = GEOMETRIES["RAS"]
+    save_brain(tmp_path / "a.nii.gz", shape, affine)
+    data = np.asarray(nib.load(tmp_path / "a.nii.gz").dataobj)
+    nib.save(nib.Nifti1Image(data, np.diag([20.0, 20, 20, 1]) @ affine), tmp_path / "a.nii.gz")
+    scan = str(tmp_path / "a.nii.gz")
+    assert main(["prepare", scan, "-o", str(tmp_path / "o"), "--template", scan]) == 2
+    assert "hint: check the unit of its header, mm" in capsys.readouterr().err
 
 
 def scans(path):

@@ -1,6 +1,7 @@
 """Transforms one after the other, as antsApplyTransforms takes them, made one displacement."""
 
 import logging
+import math
 import mmap
 import re
 import struct
@@ -34,7 +35,13 @@ COMPOSITE = "CompositeTransform_"
 XFM_BY_ITK = "%ITK-XFM"
 # A field that ends with less than this ends smoothly.
 SMOOTH_END_MM = 0.5
+# A matrix that shrinks one direction so much more than another is singular, and one that changes
+# volumes by more than this, either way, is no registration.
+SINGULAR = 1e-6
+VOLUME_CHANGE = 1e6
 INVERTED = re.compile(r"\s*\[\s*(?P<path>.+?)\s*,\s*(?P<inverted>[01])\s*\]\s*", re.DOTALL)
+# Brackets, commas and numbers, and no file.
+NAMELESS = re.compile(r"\s*(?:\[\s*(?:[,;][^\[\]]*)?\]\s*)?")
 # What looks like it and is not: a.mat[1], [a.mat], [a.mat,yes], [a.mat 1].
 MISSPELT = re.compile(
     r"(?P<path>[^\[\]]+?)\s*\[\s*(?P<inverted>[^\[\]]*?)\s*\]\s*"
@@ -65,8 +72,13 @@ def transform_path(text: str) -> tuple[Path, bool]:
     """The file that ``FILE``, ``[FILE,0]`` or ``[FILE,1]`` names, and whether it is inverted.
 
     Raises:
-        UsageError: brackets that mean something else, and no file of that name.
+        UsageError: brackets that mean something else or name no file, and no file of that name.
     """
+    if NAMELESS.fullmatch(text) and not (text and Path(text).exists()):
+        raise UsageError(
+            f"{text!r} names no file, expected FILE, [FILE,0] or [FILE,1]",
+            "write the transform's file in front of the comma, or alone",
+        )
     if match := INVERTED.fullmatch(text):
         return Path(match["path"]), match["inverted"] == "1"
     if (match := MISSPELT.fullmatch(text)) and not Path(text).exists():
@@ -104,7 +116,13 @@ def read_transform(text: str, reference: Volume, fmt: WarpFormat | None = None) 
             f"{', '.join((*WARP_SUFFIXES, *ITK_SUFFIXES))}",
             "convert it first, e.g. with mri_warp_convert, c3d_affine_tool or wb_command",
         )
-    return _flat(_read_itk(path, inverted), str(path))
+    transform = _read_itk(path)
+    if not inverted:
+        return _flat(transform, str(path))
+    if not transform.IsLinear():
+        raise _not_linear(path)
+    # Through the matrix: SimpleITK inverts not every linear type.
+    return [_linear(transform, str(path), inverted=True).GetInverse()]
 
 
 def needs_format(text: str) -> bool:
@@ -124,28 +142,35 @@ _ITK_HINT = (
 )
 
 
-def _read_itk(path: Path, inverted: bool) -> sitk.Transform:
+def _read_itk(path: Path) -> sitk.Transform:
     check_file(path)
     _check_one_transform(path)
     try:
         transform: sitk.Transform = sitk.ReadTransform(str(path))
-        if inverted:
-            _check_dimension(transform, path)
-            try:
-                transform = transform.GetInverse()
-            except RuntimeError:
-                raise _not_linear(path) from None
     except RuntimeError as error:
+        if match := _NO_SUCH_TYPE.search(str(error)):
+            raise _unknown_type(path, match[1]) from None
+        if "Transform is not of type" in str(error):
+            raise _unheld_type(path) from None
         reason = str(error).strip().splitlines()[-1].split("): ")[-1].strip()
         raise ImageError(f"{path} is not a readable ITK transform: {reason}", _ITK_HINT) from None
     # SimpleITK has no class of its own for a few of ITK's types, or raises on the way to it.
     except (KeyError, TypeError):
-        raise _unknown_type(path) from None
+        raise _unheld_type(path) from None
     _check_dimension(transform, path)
     return transform
 
 
-def _unknown_type(path: Path) -> ImageError:
+_NO_SUCH_TYPE = re.compile(r'Could not create an instance of "([^"]*)"')
+
+
+def _unknown_type(path: Path, kind: str) -> ImageError:
+    return ImageError(
+        f"{path} holds a transform of the type {kind[:80]!r}, which ITK does not know", _ITK_HINT
+    )
+
+
+def _unheld_type(path: Path) -> ImageError:
     return ImageError(
         f"{path} holds a transform of a type that SimpleITK does not know",
         "make it a warp: antsApplyTransforms -d 3 -r FIXED -t FILE -o [warp.nii.gz,1]",
@@ -204,6 +229,8 @@ def _types_in_text(path: Path) -> list[str]:
             if colon and fields:
                 fields[-1][key.strip()] = value.strip()
     for number, transform in enumerate(fields, 1):
+        if not _TYPE.fullmatch(transform["Transform"]):
+            raise _unknown_type(path, transform["Transform"])
         if transform["Transform"].startswith(COMPOSITE):
             continue
         for key in ("Parameters", "FixedParameters"):
@@ -211,6 +238,13 @@ def _types_in_text(path: Path) -> list[str]:
                 raise ImageError(
                     f"{path} is truncated: transform {number} has no line {key}", "make it again"
                 )
+            for word in transform[key].split():
+                if not _is_number(word):
+                    raise ImageError(
+                        f"{path} is damaged: transform {number} has {word[:40]!r} among its {key}, "
+                        "expected numbers",
+                        "make it again",
+                    )
         wanted = _AFFINE_PARAMETERS.match(transform["Transform"])
         count = len(transform["Parameters"].split())
         if wanted and count != int(wanted[2]) * (int(wanted[1]) + 1):
@@ -219,9 +253,37 @@ def _types_in_text(path: Path) -> list[str]:
                 f"{int(wanted[2]) * (int(wanted[1]) + 1)}",
                 "make it again",
             )
+        fewest = _FEWEST_PARAMETERS.get(transform["Transform"].partition("Transform_")[0], 0)
+        if count < fewest and transform["Transform"].endswith("_3_3"):
+            raise ImageError(
+                f"{path} is damaged: transform {number} has {count} parameters, expected {fewest}",
+                "make it again",
+            )
     return [transform["Transform"] for transform in fields]
 
 
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word)) and "_" not in word
+    except ValueError:
+        return False
+
+
+# ITK's reader puts another precision in; of a name of another form it says nothing useful.
+_TYPE = re.compile(r"\w+_(?:double|float)_\d+_\d+")
+# In 3-D. ITK reads beyond the end of some that have fewer, to the point of a crash.
+_FEWEST_PARAMETERS = {
+    "Euler3D": 6,
+    "QuaternionRigid": 7,
+    "Scale": 3,
+    "ScaleLogarithmic": 3,
+    "ScaleSkewVersor3D": 15,
+    "ScaleVersor3D": 9,
+    "Similarity3D": 7,
+    "Translation": 3,
+    "Versor": 3,
+    "VersorRigid3D": 6,
+}
 _AFFINE_PARAMETERS = re.compile(
     r"(?:Affine|MatrixOffset)Transform(?:Base)?_(?:double|float)_(\d)_(\d)$"
 )
@@ -230,16 +292,31 @@ _AFFINE_PARAMETERS = re.compile(
 def _count_in_matlab(path: Path) -> int:
     """How many transforms a MATLAB file has: each is a variable, followed by one called ``fixed``.
 
+    Raises:
+        ImageError: it ends before the numbers that it announces, which ITK takes for 0.
+
     Source: MAT-File Format, "MAT-File Level 4 Format"; itkMatlabTransformIO.cxx.
     """
-    raw, at, count = path.read_bytes(), 0, 0
+    raw, at, count, fixed = path.read_bytes(), 0, 0, 0
     while len(raw) - at >= 20:
         kind, rows, columns, imaginary, length = struct.unpack_from("<5i", raw, at)
         if not 0 <= kind <= 52 or min(rows, columns) < 0 or not 0 < length < 256:
             return count  # not of level 4, or of another byte order: ITK says what it thinks of it
-        count += raw[at + 20 : at + 20 + length].rstrip(b"\0") != b"fixed"
+        is_fixed = raw[at + 20 : at + 20 + length].rstrip(b"\0") == b"fixed"
+        count, fixed = count + (not is_fixed), fixed + is_fixed
         width = {0: 8, 1: 4, 2: 4, 3: 2, 4: 2, 5: 1}.get(kind // 10 % 10, 8)
         at += 20 + length + rows * columns * width * (2 if imaginary else 1)
+    if count and (at != len(raw) or fixed < count):
+        missing = at - len(raw)
+        raise ImageError(
+            f"{path} is truncated: "
+            + (
+                f"it ends {missing} bytes early"
+                if missing > 0
+                else "its last variable is not whole"
+            ),
+            "make it again",
+        )
     return count
 
 
@@ -298,8 +375,10 @@ def _flat(transform: sitk.Transform, name: str) -> list[Step]:
     return [transform]
 
 
-def _linear(transform: sitk.Transform, name: str) -> sitk.AffineTransform:
-    """A linear transform of any type as what it does to points.
+def _linear(
+    transform: sitk.Transform, name: str, *, inverted: bool = False
+) -> sitk.AffineTransform:
+    """A linear transform of any type as what it does to points; ``inverted`` is for messages.
 
     SimpleITK takes ITK's MatrixOffsetTransformBase, which fMRIPrep and ANTs write, for a composite
     of itself.
@@ -311,10 +390,32 @@ def _linear(transform: sitk.Transform, name: str) -> sitk.AffineTransform:
     ]
     matrix = np.stack(columns, axis=1) / 1e3
     _check_finite(np.array([matrix, np.broadcast_to(origin, (3, 3))]), name)
+    _check_matrix(matrix, name, inverted)
     affine = sitk.AffineTransform(3)
     affine.SetMatrix(matrix.ravel().tolist())
     affine.SetTranslation(origin.tolist())
     return affine
+
+
+def _check_matrix(matrix: NDArray[np.float64], name: str, inverted: bool) -> None:
+    """Refuse what no registration finds: a singular matrix, or one that changes volumes absurdly.
+
+    Raises:
+        ImageError: it is one of them.
+    """
+    does = "cannot be inverted" if inverted else "cannot be applied"
+    stretches = np.linalg.svd(matrix, compute_uv=False)
+    if stretches[-1] <= SINGULAR * stretches[0]:
+        raise ImageError(
+            f"{name} {does}: its matrix is singular, which makes space flat", "make it again"
+        )
+    power = float(np.log10(stretches).sum())
+    if abs(power) > np.log10(VOLUME_CHANGE):
+        raise ImageError(
+            f"{name} {does}: it changes volumes by a factor of about 1e{power:+.0f}, expected "
+            f"{1 / VOLUME_CHANGE:.0e} to {VOLUME_CHANGE:.0e}",
+            "check its unit, mm, and make it again",
+        )
 
 
 def _check_finite(numbers: NDArray[Any], name: str) -> None:
