@@ -12,7 +12,7 @@ from _support.engines import write_engine
 from ulae_rt.engines import load_engine, survey
 from ulae_rt.errors import EngineMismatch
 from ulae_rt.imaging import grid
-from ulae_rt.manifest import NORMALISATIONS, VARIANTS, Manifest, manifest_path
+from ulae_rt.manifest import NORMALISATIONS, VARIANTS, Manifest
 from ulae_rt.model import ulae_net
 
 ANYTHING = st.recursive(
@@ -115,7 +115,7 @@ def test_names_are_those_of_the_model_and_of_the_images():
     ],
 )
 def test_what_a_scan_is_to_be_like_is_said_once_and_the_same(tmp_path, change, words):
-    path = manifest_path(write_engine(tmp_path))
+    path = write_engine(tmp_path) / "ulae-net-fp32.json"
     values = json.loads(path.read_text())
     for name, value in change.items():
         values[name] = values[name] | value if isinstance(value, dict) else value
@@ -125,7 +125,7 @@ def test_what_a_scan_is_to_be_like_is_said_once_and_the_same(tmp_path, change, w
 
 
 def test_units_that_are_others_are_refused(tmp_path):
-    path = manifest_path(write_engine(tmp_path))
+    path = write_engine(tmp_path) / "ulae-net-fp32.json"
     values = json.loads(path.read_text())
     values["outputs"][1]["units"] = "mm"
     path.write_text(json.dumps(values))
