@@ -101,6 +101,14 @@ def test_a_small_structure_is_found_and_right(caplog):
     )
 
 
+def test_landmarks_of_one_voxel_each_are_right(caplog):
+    scan, labels = scan_and_labels()
+    inside = np.argwhere(scan.data > 0)[::2001]
+    landmarks = np.zeros_like(labels.data)
+    landmarks[tuple(inside.T)] = np.arange(1, len(inside) + 1)
+    assert verdict(replace(labels, data=landmarks), scan, caplog) == "right"
+
+
 def test_a_map_without_a_label_is_told(caplog):
     scan, labels = scan_and_labels()
     empty = replace(labels, data=np.zeros_like(labels.data))

@@ -205,6 +205,8 @@ class _Fit:
 def _looks_like_a_scan(points: _Points, labels: Volume) -> bool:
     """Whether next to hardly any labelled voxel lies one of the same value."""
     labelled = points.own[:, points.labels != 0]
+    if labelled.shape[1] < FEWEST:  # landmarks, one voxel each
+        return False
     beside = labelled.copy()
     beside[0] = np.where(beside[0] > 0, beside[0] - 1, beside[0] + 1)
     same = labels.data[tuple(beside)] == labels.data[tuple(labelled)]
