@@ -68,8 +68,8 @@ def check_labels(labels: Volume, scan: Volume) -> None:
         GeometryError: most of its labels lie outside the scan.
 
     A warning is logged where there is no label at all, where labels lie outside the scan or on its
-    background, and where they fit the scan much better mirrored, or voxel by voxel in place of by
-    the two headers.
+    background, where the map looks like a scan, and where it fits the scan much better in one of
+    the other places that were tried.
     """
     if not labels.data.any():
         logger.warning("%s has no label: every voxel is 0", labels.name)
