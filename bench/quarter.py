@@ -69,7 +69,9 @@ def main() -> int:
     ]
     if not chosen:
         parser.error(f"no such stage; there are {', '.join(stage.name for stage in STAGES)}")
-    signal.signal(signal.SIGTERM, _interrupt)  # the stage in hand ends too
+    # The stage in hand ends too; a command in the background of a shell would not see Ctrl-C.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     arguments.out.mkdir(parents=True, exist_ok=True)
     run = Evidence(arguments.out, "run")
     run.add("begun", small=arguments.small, stages=[stage.name for stage in chosen])

@@ -66,9 +66,9 @@ def test_what_is_right_is_read(tmp_path, image_class, order, suffix):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vox_offset": 0}, "has its voxels begin at byte 0 .vox_offset., where its header is"),
+        ({"vox_offset": 0}, "has its voxels begin at byte 0 .vox_offset., expected a whole number"),
         ({"vox_offset": 16}, "begin at byte 16 "),
-        ({"vox_offset": 336}, "begin at byte 336 .*expected (352|544) or more"),
+        ({"vox_offset": 336}, "begin at byte 336 .*a whole number from (352|544) on"),
         ({"vox_offset": -352}, "begin at byte -352 "),
         ({"extension": b"x" * 90, "vox_offset": 400}, "has an extension of 112 bytes where"),
         ({"extension": b"x" * 1000, "vox_offset": 560}, "has an extension of 1008 bytes where"),
@@ -191,7 +191,7 @@ def test_values_beyond_single_precision_are_refused_without_a_word_of_numpy(tmp_
     data = DATA.astype(np.float64)
     data[0, 0, 0] = value
     nib.save(nib.Nifti1Image(data, AFFINE), tmp_path / "a.nii")
-    with pytest.raises(ImageError, match="1 NaN or Inf voxels"):
+    with pytest.raises(ImageError, match="single precision has no others"):
         read_volume(tmp_path / "a.nii")
 
 
