@@ -77,7 +77,7 @@ def ops(evidence: Evidence, setting: Setting) -> None:
             grads = cotangents(truth[: len(truth) - len(inputs)])
             plain = forward_backward(case.call, inputs, [x.float() for x in grads])
         with implementation("triton"):
-            found = forward_backward(case.call, inputs, [x.float() for x in grads])
+            results = forward_backward(case.call, inputs, [x.float() for x in grads])
             with deterministic():
                 first = forward_backward(case.call, inputs)
                 again = all(
@@ -88,8 +88,8 @@ def ops(evidence: Evidence, setting: Setting) -> None:
         evidence.add(
             name,
             sizes=setting.sizes,
-            kernel_rms=[relative_rms(*each) for each in zip(found, truth, strict=True)],
-            reference_rms=[relative_rms(*each) for each in zip(plain, truth, strict=True)],
+            kernel_rms=[relative_rms(*both) for both in zip(results, truth, strict=True)],
+            reference_rms=[relative_rms(*both) for both in zip(plain, truth, strict=True)],
             same_bits_again=again,
             kinked=case.kinked,
         )
@@ -203,15 +203,15 @@ def profiled(evidence: Evidence, what: str, run: Run, setting: Setting) -> None:
         if setting.on_gpu:
             torch.cuda.synchronize()
     totals = [
-        (each.self_device_time_total if setting.on_gpu else each.self_cpu_time_total, each)
-        for each in recorded.key_averages()
+        (event.self_device_time_total if setting.on_gpu else event.self_cpu_time_total, event)
+        for event in recorded.key_averages()
     ]
-    totals.sort(key=lambda each: -each[0])
+    totals.sort(key=lambda total: -total[0])
     evidence.add(
         what,
         microseconds=sum(spent for spent, _ in totals),
-        launches=sum(each.count for _, each in totals),
-        longest=[[each.key[:120], spent, each.count] for spent, each in totals[:LONGEST_KERNELS]],
+        launches=sum(event.count for _, event in totals),
+        longest=[[event.key[:120], us, event.count] for us, event in totals[:LONGEST_KERNELS]],
     )
 
 
@@ -284,7 +284,7 @@ def longest_kernel(run: Run, setting: Setting) -> str:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize()
-    events = sorted(recorded.key_averages(), key=lambda each: -each.self_device_time_total)
+    events = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
     return str(events[0].key) if events else ""
 
 
@@ -293,7 +293,7 @@ def goals(evidence: Evidence, setting: Setting) -> None:
     for name, row in kernel_suite.all_rows().items():
         if not (row.goal or row.goal_us):
             continue
-        eager = {key: each for key, each in row.baselines.items() if not each.compiled}
+        eager = {key: way for key, way in row.baselines.items() if not way.compiled}
         row = replace(row, baselines=eager, missing={})
         try:
             measured = kernel_suite.measured(row, setting.sizes, 1, 1 if setting.small else 3)
@@ -408,8 +408,8 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 
 STAGES: dict[str, Callable[[Evidence, Setting], None]] = {
-    each.__name__: each
-    for each in (
+    stage.__name__: stage
+    for stage in (
         facts,
         ops,
         tests,

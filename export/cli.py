@@ -125,9 +125,9 @@ def run(arguments: argparse.Namespace, report: Report) -> dict[str, Any]:
 
 
 def _say_left_out(left_out: list[dict[str, str]], report: Report) -> None:
-    for each in left_out:
-        name = each["artefact"]
-        report(f"not made: {name}: {each['reason'].removeprefix(f'{name}: ')} ({each['hint']})")
+    for item in left_out:
+        name = item["artefact"]
+        report(f"not made: {name}: {item['reason'].removeprefix(f'{name}: ')} ({item['hint']})")
 
 
 def _export(config: ExportConfig, report: Report) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def export(config: ExportConfig, progress: Progress) -> tuple[list[Exported], li
                 raise named from error
             failures[item] = named
             left_out.append(LeftOut(item.name, str(named), named.hint))
-    made = {each.manifest.kind for each in exported}
+    made = {artefact.manifest.kind for artefact in exported}
     for item, failure in failures.items():
         if not exported or (item.kind in (config.formats or ()) and item.kind not in made):
             raise failure
@@ -213,13 +213,13 @@ def write_report(folder: Path, left_out: list[LeftOut]) -> None:
 
 
 def _report(folder: Path, left_out: list[LeftOut]) -> dict[str, bytes]:
-    reasons = {each.name: each.reason for each in left_out}
+    reasons = {artefact.name: artefact.reason for artefact in left_out}
     return {REPORT: report_of(folder, reasons).encode()}
 
 
 def _places(config: ExportConfig, items: tuple[Item, ...]) -> list[Path]:
     artefacts = [config.folder / item.name for item in items]
-    return [path for each in artefacts for path in (each, manifest_path(each))]
+    return [path for artefact in artefacts for path in (artefact, manifest_path(artefact))]
 
 
 def check_batches(shape: tuple[int, int, int], batches: tuple[int, ...]) -> None:

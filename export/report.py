@@ -52,8 +52,8 @@ def _left_out_before(folder: Path) -> dict[str, str]:
         lines = (folder / REPORT).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return {}
-    told = [line.removeprefix(_LEFT_OUT) for line in lines if line.startswith(_LEFT_OUT)]
-    return {name: reason for name, _, reason in (line.partition(": ") for line in told)}
+    reasons = [line.removeprefix(_LEFT_OUT) for line in lines if line.startswith(_LEFT_OUT)]
+    return {name: reason for name, _, reason in (line.partition(": ") for line in reasons)}
 
 
 def _tolerances(manifests: list[Manifest]) -> Iterator[str]:

@@ -87,23 +87,24 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
 def _guarded(
     run: Callable[[argparse.Namespace, Report], dict[str, Any]], arguments: argparse.Namespace
 ) -> int:
-    shown, kept, log = logging.StreamHandler(sys.stderr), messages.Messages(), logging.getLogger()
+    log = logging.getLogger()
+    shown, collected = logging.StreamHandler(sys.stderr), messages.Messages()
     shown.setLevel(logging.WARNING)
     shown.setFormatter(logging.Formatter("warning: %(message)s"))
     shown.addFilter(messages.Once())
     log.addHandler(shown)
-    log.addHandler(kept)
+    log.addHandler(collected)
     try:
-        return _run(run, arguments, kept)
+        return _run(run, arguments, collected)
     finally:
         log.removeHandler(shown)
-        log.removeHandler(kept)
+        log.removeHandler(collected)
 
 
 def _run(
     run: Callable[[argparse.Namespace, Report], dict[str, Any]],
     arguments: argparse.Namespace,
-    kept: messages.Messages,
+    collected: messages.Messages,
 ) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # a stopped job unwinds and removes its half files
     report = Report(enabled=not arguments.json)
@@ -111,7 +112,7 @@ def _run(
         result = run(arguments, report)
     except UlaeError as error:
         if isinstance(error, BatchError) and arguments.json:
-            _printed({**error.result, "warnings": kept.messages})
+            _printed({**error.result, "warnings": collected.messages})
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         if error.hint:
             print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
@@ -120,7 +121,7 @@ def _run(
         return _interrupted(str(interrupt))
     except BrokenPipeError:
         return 1
-    return _printed({**result, "warnings": kept.messages}) if arguments.json else 0
+    return _printed({**result, "warnings": collected.messages}) if arguments.json else 0
 
 
 def _printed(result: dict[str, Any]) -> int:

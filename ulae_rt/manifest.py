@@ -173,15 +173,15 @@ class Tolerance:
             not pass.
         """
         names = [name for name in TOLERANCE_NAMES if not name.startswith("sign")]
-        found = [
+        values = [
             (name, getattr(errors, name), getattr(self, name))
             for name in names
             if not getattr(errors, name) <= getattr(self, name)
         ]
         rate = errors.sign_flips * 1e6 / voxels
         if not (rate <= self.sign_flips or errors.sign_flips <= self.sign_flip_count):
-            found.append(("sign_flips", rate, self.sign_flips))
-        return found
+            values.append(("sign_flips", rate, self.sign_flips))
+        return values
 
     def looser_than_standard(self, precision: str) -> list[str]:
         """The names of what it lets pass and the standard of the precision does not."""
@@ -312,8 +312,8 @@ def network_differences(one: Manifest, other: Manifest) -> str:
     intensities.
     """
     values = [
-        {"weights_sha256": each.weights_sha256[:12], **dataclasses.asdict(each.metadata)}
-        for each in (one, other)
+        {"weights_sha256": manifest.weights_sha256[:12], **dataclasses.asdict(manifest.metadata)}
+        for manifest in (one, other)
     ]
     for name, value in values[0].items():
         if value != values[1][name]:
@@ -388,8 +388,8 @@ def _check_name(manifest: Manifest) -> None:
         raise ValueError(f"artefact is {name!r}, expected a file name without a folder")
     if Path(name).suffix != suffix:
         raise ValueError(f"artefact is {name!r}, expected one of kind {manifest.kind}, {suffix}")
-    told = re.match(rf"ulae-net-({'|'.join(PRECISIONS)})\b", name)
-    if told and told[1] != manifest.precision:
+    named = re.match(rf"ulae-net-({'|'.join(PRECISIONS)})\b", name)
+    if named and named[1] != manifest.precision:
         raise ValueError(f"precision is {manifest.precision!r}, and artefact is {name!r}")
     if manifest.precision == "bf16" and manifest.kind != "pt2":
         raise ValueError(f"precision is 'bf16', which no artefact of kind {manifest.kind} has")
@@ -424,12 +424,12 @@ def _check_grid(manifest: Manifest) -> None:
     batch = specs[0].shape[0] if specs[0].shape else 0
     if batch != ANY_BATCH and not 1 <= batch <= LARGEST_SIZE:
         raise ValueError(f"the batch of {specs[0].name!r} is {batch}, expected 1 or more, or -1")
-    found = [(spec.name, spec.dtype, spec.shape, spec.components) for spec in specs]
+    stated = [(spec.name, spec.dtype, spec.shape, spec.components) for spec in specs]
     expected = [
         (name, "float32", (batch, len(components), *shape), components)
         for name, components in TENSORS.items()
     ]
-    for has, should in itertools.zip_longest(found, expected):
+    for has, should in itertools.zip_longest(stated, expected):
         if has != should:
             raise ValueError(f"of its inputs and outputs one is {str(has)[:90]}, expected {should}")
     if len(manifest.inputs) != 2:

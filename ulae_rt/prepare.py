@@ -259,9 +259,9 @@ def _scans_of_list(source: Path) -> list[Scan]:
     columns = {"image": 0, "labels": 1}
     if rows and set(COLUMNS) & set(rows[0][1]):
         columns = _columns(source, rows.pop(0)[1])
-    elif rows and len(rows[0][1]) == 1 and (found := separator(rows[0][1][0])):
+    elif rows and len(rows[0][1]) == 1 and (sign := separator(rows[0][1][0])):
         raise UsageError(
-            f"{source}, line {rows[0][0]}: its columns are separated by {found}, expected commas",
+            f"{source}, line {rows[0][0]}: its columns are separated by {sign}, expected commas",
             "save it as CSV with commas",
         )
     scans = []

@@ -104,17 +104,17 @@ def _tests(evidence: Sequence[Row]) -> Iterator[str]:
 
 
 def _network(evidence: Sequence[Row]) -> Iterator[str]:
-    found = _of(evidence, "network")
+    network = _of(evidence, "network")
     body: list[Sequence[object]] = [
         (row["what"], row["how"], _time(row["median"]), _time(min(row["seconds"])),
          f"{row['voxels_off_mean']:.2g}, {row['voxels_off_largest']:.2g}")
-        for row in found
+        for row in network
         if "voxels_off_mean" in row
     ]  # fmt: skip
     header = ("one pair", "", "median", "least", "voxels off: mean, largest")
     yield from _table("The network, device to device", header, body)
     shapes = sorted(
-        (row for row in found if row["what"].startswith("convolution")),
+        (row for row in network if row["what"].startswith("convolution")),
         key=lambda row: -row["median"] * row["count"],
     )
     body = [
@@ -125,7 +125,7 @@ def _network(evidence: Sequence[Row]) -> Iterator[str]:
     ]  # fmt: skip
     header = ("", "image", "weight", "options", "times", "median", "kernel")
     yield from _table("Its convolutions, each alone, the most expensive first", header, body)
-    for row in found:
+    for row in network:
         if row["what"].startswith("kernels"):
             body = [(name, f"{spent:.0f} us", count) for name, spent, count in row["longest"]]
             total = f"{row['microseconds'] / 1e3:.3g} ms in {row['launches']} launches"
@@ -144,8 +144,8 @@ def _timed(evidence: Sequence[Row]) -> Iterator[str]:
             if row.get("bytes") and copies and row["median"]:
                 floor = f"{row['median'] * copies[0]['bytes_per_second'] / row['bytes']:.2f} x"
             memory = f"{row['gpu_peak_gb']:.2f} GB" if row.get("gpu_peak_gb") else ""
-            said = _time(row["median"]) if row["median"] else f"{row['status']}: {row['why']}"
-            body.append((row["what"], row["contender"], said, floor, row.get("goal", ""), memory))
+            result = _time(row["median"]) if row["median"] else f"{row['status']}: {row['why']}"
+            body.append((row["what"], row["contender"], result, floor, row.get("goal", ""), memory))
         header = ("", "contender", "median", "of the floor", "goal", "peak memory")
         yield from _table(title, header, body)
 

@@ -109,9 +109,9 @@ def _rows_of_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     rows = csv_rows(text)
     try:
         number, header = next(rows, (0, []))
-        if found := separator(",".join(header)) if len(header) == 1 else None:
+        if sign := separator(",".join(header)) if len(header) == 1 else None:
             raise PairsError(
-                f"{path}, line {number}: its columns are separated by {found}, expected commas",
+                f"{path}, line {number}: its columns are separated by {sign}, expected commas",
                 "save it as CSV with commas; Excel writes the list separator of the system",
             )
         _check_columns(str(path), header)

@@ -67,8 +67,8 @@ _Rows = list[tuple[str, list[float]]]
 def _of_csv(text: str) -> _Rows:
     rows = csv_rows(text)
     _, names = next(rows, (0, []))
-    if len(names) == 1 and (found := separator(names[0])):
-        raise ValueError(f"its columns are separated by {found}, expected commas")
+    if len(names) == 1 and (sign := separator(names[0])):
+        raise ValueError(f"its columns are separated by {sign}, expected commas")
     if missing := [name for name in _COLUMNS if name not in names]:
         raise ValueError(f"it has no column {missing[0]}")
     return list(_points(names, rows, "id"))

@@ -201,28 +201,28 @@ def read_warp(path: PathLike, fmt: WarpFormat | None = None, fixed: Volume | Non
     image = open_image(path)
     name = str(path)
     spatial = _checked_field(image, name)
-    found = _stated_format(image, name) or fmt
-    if found is None:
+    stored = _stated_format(image, name) or fmt
+    if stored is None:
         raise UsageError(
             f"{name} does not say its unit", "say it with --warp-format: ras, voxel or l2r"
         )
-    if fmt is not None and fmt != found:
-        raise UsageError(f"{name} is a warp of format {found}, not {fmt}", "leave the format out")
-    if found == "l2r":
+    if fmt is not None and fmt != stored:
+        raise UsageError(f"{name} is a warp of format {stored}, not {fmt}", "leave the format out")
+    if stored == "l2r":
         data = read_data(image, name).astype(np.float32, copy=False)
         return _of_fixed(data, name, fixed)
     header = volume_without_values(image, spatial, name)
     grid, affine = grid_of(header), header.affine
     data = read_data(image, name).astype(np.float32, copy=False).reshape(*spatial, 3)
-    if found == "voxel" and fixed is not None and (off := _difference(grid, grid_of(fixed))):
+    if stored == "voxel" and fixed is not None and (off := _difference(grid, grid_of(fixed))):
         raise GeometryError(
             f"{name} is in voxels of its own grid, and {fixed.name} is another: {off}",
             "give the fixed image that it was made for, or write the warp as itk or ras, which any "
             "grid inside can use",
         )
-    unit = np.eye(3) if found == "voxel" else affine[:3, :3]
+    unit = np.eye(3) if stored == "voxel" else affine[:3, :3]
     _check_displacement(data, unit, affine, name)
-    return Warp(_in_ras_mm(data, found, affine), header)
+    return Warp(_in_ras_mm(data, stored, affine), header)
 
 
 def stated_format(path: PathLike) -> WarpFormat | None:

@@ -88,7 +88,7 @@ def _check(values: dict[str, Any]) -> None:
         kind = _TYPES[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            expected = " or ".join(each.__name__ for each in kinds)
+            expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name} is {_told(value)}, expected {expected}")
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written
     for name, known in (("variant", VARIANTS), ("normalisation", NORMALISATIONS)):
