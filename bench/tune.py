@@ -93,7 +93,9 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
         "upsample_concat_backward": Job(
             lambda: ops.upsample_concat_backward(concatenated, 16), torch.bfloat16
         ),
-        "upsample_concat_forward": Job(lambda: ops.upsample_concat(narrow, pair), torch.bfloat16),
+        "upsample_concat_forward": Job(
+            lambda: ops.upsample_concat(narrow, pair, 18), torch.bfloat16
+        ),
         "warp_backward": Job(
             lambda: ops.warp_backward(image, image, disp, "zeros", "linear", 1, True, True)
         ),

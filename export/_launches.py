@@ -48,8 +48,8 @@ def _resize_displacement(disp: Tensor, factor: int) -> Tensor:
 
 
 @triton_op("ulae_rt_launch::upsample_concat", mutates_args={})
-def _upsample_concat(x: Tensor, skip: Tensor) -> Tensor:
-    return upsample_kernel.launch_forward(x, skip)
+def _upsample_concat(x: Tensor, skip: Tensor, width: int) -> Tensor:
+    return upsample_kernel.launch_forward(x, skip, width=width)
 
 
 @triton_op("ulae_rt_launch::norm_activate", mutates_args={})

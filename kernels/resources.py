@@ -158,6 +158,8 @@ def cases() -> Iterator[Case]:
     pair, wide, narrow = _features(2), _features(16), _features(16, factor=2)
     yield Case("norm_activate, bf16", kernels.norm_activate, (wide,))
     yield Case("upsample_concat, bf16", kernels.upsample_concat, (narrow, pair))
+    padded = partial(kernels.upsample_concat, width=24)
+    yield Case("upsample_concat, bf16, 24 wide", padded, (narrow, pair))
     # A sampling kernel is the same for every factor above 1, but for a constant.
     coarse = _volume(3, factor=2)
     yield Case("warp, factor 2", partial(kernels.warp, factor=2), (image, coarse))

@@ -54,24 +54,25 @@ def _upsampled_row(ptr, near, far, mask, ACC: tl.constexpr):
 @triton.jit
 def _store_row(
     out_ptr, skip_ptr, value, b, d, h, w, D, H, W, inside,
-    C: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr, SKIPPED: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One fine row: ``value`` and ``skip`` side by side; nothing where there is no such row."""
+    """One fine row: ``value``, ``skip`` and zeros side by side; nothing if there is no such row."""
     inside = inside & (d >= 0) & (d < D) & (h >= 0) & (h < H)
     row = ((b * D + d) * H + h) * W
-    out_ptr += row * (C + S)
+    out_ptr += row * WIDTH
     c, mask = _channels(C, CHANNELS, inside)
-    tl.store(out_ptr + (w * (C + S) + c), value, mask=mask)
-    c, mask = _channels(S, SKIPPED, inside)
-    skip = tl.load(skip_ptr + row * S + (w * S + c), mask=mask, other=0.0)
-    tl.store(out_ptr + C + (w * (C + S) + c), skip, mask=mask)
+    tl.store(out_ptr + (w * WIDTH + c), value, mask=mask)
+    c, mask = _channels(WIDTH - C, REST, inside)
+    skip = tl.load(skip_ptr + row * S + (w * S + c), mask=mask & (c < S), other=0.0)
+    tl.store(out_ptr + C + (w * WIDTH + c), skip, mask=mask)
 
 
 @triton.jit(do_not_specialize=["D", "H", "W"])
 def _upsample_concat_forward_kernel(
-    x_ptr, skip_ptr, out_ptr, D, H, W, C: tl.constexpr, S: tl.constexpr,
+    x_ptr, skip_ptr, out_ptr, D, H, W, C: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, VOXELS: tl.constexpr, CHANNELS: tl.constexpr,
-    SKIPPED: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     """Sizes are the coarse ones. Slice d and row h lie between coarse d - 1 and d, h - 1 and h."""
     b, d, first, w = _rows_of(D + 1, tl.cdiv(H + 1, ROWS), 2 * W, VOXELS)
@@ -96,11 +97,11 @@ def _upsample_concat_forward_kernel(
             row = 2 * h - 1 + side
             _store_row(
                 out_ptr, skip_ptr, _mix(low, high, 0.25), b, 2 * d - 1, row, w,
-                2 * D, 2 * H, 2 * W, inside, C, S, CHANNELS, SKIPPED,
+                2 * D, 2 * H, 2 * W, inside, C, S, WIDTH, CHANNELS, REST,
             )  # fmt: skip
             _store_row(
                 out_ptr, skip_ptr, _mix(low, high, 0.75), b, 2 * d, row, w,
-                2 * D, 2 * H, 2 * W, inside, C, S, CHANNELS, SKIPPED,
+                2 * D, 2 * H, 2 * W, inside, C, S, WIDTH, CHANNELS, REST,
             )  # fmt: skip
         x_00 = x_01
         x_10 = x_11
@@ -180,29 +181,29 @@ def _upsample_concat_backward_kernel(
     tl.store(out_ptr + deep + down + at, x_11, mask=mask & (d + 1 < D) & (h + 1 < H))
 
 
-def _width(channels: int) -> int:
+def _lanes(channels: int) -> int:
     return min(int(triton.next_power_of_2(channels)), _MOST_CHANNELS)
 
 
 def _columns(elements: int, channels: int, columns: int) -> int:
     """Voxels of a tile of as many elements, in a row of ``columns``."""
-    return min(elements // _width(channels), int(triton.next_power_of_2(columns)))
+    return min(elements // _lanes(channels), int(triton.next_power_of_2(columns)))
 
 
-def launch_forward(x: Tensor, skip: Tensor) -> Tensor:
-    """``upsample_concat``; (B, C + S, 2 D, 2 H, 2 W), channels_last_3d."""
+def launch_forward(x: Tensor, skip: Tensor, *, width: int) -> Tensor:
+    """``upsample_concat``; (B, width, 2 D, 2 H, 2 W), channels_last_3d."""
     x, skip = channels_last(x), channels_last(skip)
     B, C, D, H, W = x.shape
     S = skip.shape[1]
-    out = allocate_features((B, C + S, *skip.shape[2:]), x.dtype, x)
+    out = allocate_features((B, width, *skip.shape[2:]), x.dtype, x)
     config = launch_config("upsample_concat_forward", 2 * W, x.dtype, _launch.architecture(x))
     rows, voxels = config.tile[0], _columns(config.tile[1], C, 2 * W)
-    blocks = max(triton.cdiv(C, _MOST_CHANNELS), triton.cdiv(S, _MOST_CHANNELS))
+    blocks = max(triton.cdiv(C, _MOST_CHANNELS), triton.cdiv(width - C, _MOST_CHANNELS))
     grid = (B * (D + 1) * triton.cdiv(H + 1, rows) * triton.cdiv(2 * W, voxels), blocks)
     with torch.cuda.device_of(x):
         _upsample_concat_forward_kernel[grid](
-            x, skip, out, D, H, W, C=C, S=S, ACC=_launch.compute_type(x),
-            ROWS=rows, VOXELS=voxels, CHANNELS=_width(C), SKIPPED=_width(S),
+            x, skip, out, D, H, W, C=C, S=S, WIDTH=width, ACC=_launch.compute_type(x),
+            ROWS=rows, VOXELS=voxels, CHANNELS=_lanes(C), REST=_lanes(width - C),
             num_warps=config.warps,
         )  # fmt: skip
     return out
@@ -223,6 +224,6 @@ def launch_backward(grad: Tensor, *, channels: int) -> Tensor:
     with torch.cuda.device_of(grad):
         _upsample_concat_backward_kernel[grid](
             grad, grad_x, D, H, W, C=channels, STRIDE=stride, ACC=_launch.compute_type(grad),
-            VOXELS=voxels, CHANNELS=_width(channels), num_warps=config.warps,
+            VOXELS=voxels, CHANNELS=_lanes(channels), num_warps=config.warps,
         )  # fmt: skip
     return grad_x

@@ -1,5 +1,7 @@
 """``upsample_concat`` by its reference: against a plain computation, and what must hold."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 
 from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import noise
-from ulae_rt.errors import DtypeError, ShapeError
+from ulae_rt.errors import DtypeError, ShapeError, UsageError
 from ulae_rt.kernels import upsample_concat
 
 
@@ -50,6 +52,38 @@ def test_gradient_against_interpolates(shape: tuple[int, ...]) -> None:
         assert_close(name, a, b, TOL["op float64"])
 
 
+@pytest.mark.parametrize("needs", [False, True], ids=["no gradient", "gradient"])
+@pytest.mark.parametrize("width", [5, 6, 24])
+def test_wider_than_its_channels(width: int, needs: bool) -> None:
+    x, skip = noise(2, 3, 3, 4, 5), noise(2, 2, 6, 8, 10, seed=1)
+    for each in (x, skip):
+        each.requires_grad_(needs)
+    found, expected = upsample_concat(x, skip, width=width), upsample_concat(x, skip)
+    assert found.shape == (2, width, 6, 8, 10)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    assert_equal("x and skip", found[:, :5], expected)
+    assert not found[:, 5:].any()  # nor NaN
+    if needs:
+        weight = noise(*found.shape, seed=2)
+        grads = torch.autograd.grad(expected, (x, skip), weight[:, :5])
+        weight[:, 5:] = torch.nan  # what is ignored
+        for name, a, b in zip(
+            ("x", "skip"), torch.autograd.grad(found, (x, skip), weight), grads, strict=True
+        ):
+            assert_equal(name, a, b)
+
+
+def test_wider_than_its_channels_as_a_graph() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+            return upsample_concat(x, skip, width=8)
+
+    inputs = noise(1, 3, 2, 2, 3), noise(1, 2, 4, 4, 6, seed=1)
+    program = torch.export.export(Module(), inputs).module()
+    expected = upsample_concat(*inputs, width=8)
+    assert_close("exported", program(*inputs), expected, TOL["op float64"])
+
+
 def test_of_a_constant_is_that_constant() -> None:
     out = upsample_concat(torch.full((1, 2, 2, 3, 4), 7.0), torch.zeros(1, 1, 4, 6, 8))
     assert_equal("constant", out[:, :2], torch.full((1, 2, 4, 6, 8), 7.0))
@@ -58,6 +92,7 @@ def test_of_a_constant_is_that_constant() -> None:
 def test_gradcheck() -> None:
     x, skip = noise(1, 2, 2, 3, 1).requires_grad_(), noise(1, 1, 4, 6, 2).requires_grad_()
     assert torch.autograd.gradcheck(upsample_concat, (x, skip))
+    assert torch.autograd.gradcheck(partial(upsample_concat, width=4), (x, skip))
 
 
 def test_bad_input() -> None:
@@ -76,3 +111,14 @@ def test_bad_input() -> None:
         upsample_concat(x.long(), skip)
     with pytest.raises(ShapeError, match="skip is on meta, expected cpu as x"):
         upsample_concat(x, skip.to("meta"))
+
+
+@pytest.mark.parametrize("width", [2, 0, -1])
+@pytest.mark.follows("leave it out for {}")
+def test_too_narrow(width: int) -> None:
+    x, skip = torch.zeros(1, 2, 3, 4, 5), torch.zeros(1, 1, 6, 8, 10)
+    message = f"width is {width}, expected at least the 2 channels of x and the 1 of skip"
+    with pytest.raises(UsageError, match=message) as caught:
+        upsample_concat(x, skip, width=width)
+    assert caught.value.hint == "leave it out for 3"
+    assert upsample_concat(x, skip).shape[1] == 3

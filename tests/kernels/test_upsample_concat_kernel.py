@@ -1,5 +1,7 @@
 """The Triton kernels of ``upsample_concat`` against the reference, and as torch operators."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +50,36 @@ def test_value_and_gradients(
 def test_types(dtype: torch.dtype, triton_device: torch.device) -> None:
     inputs = pair((1, 4, 2, 3, 2), 2, dtype)
     assert_kernel_as_good("upsample", upsample_concat, inputs, triton_device)
+
+
+@pytest.mark.parametrize(
+    ("channels", "skipped", "width"),
+    [(3, 2, 5), (3, 2, 6), (16, 2, 24), (4, 3, 72), (65, 1, 67)],
+    ids=str,
+)
+def test_wider_than_its_channels(
+    channels: int, skipped: int, width: int, triton_device: torch.device
+) -> None:
+    """Value, gradients, and zeros in memory that was all NaN before."""
+    inputs = pair((2, channels, 2, 1, 3), skipped)
+    wide = partial(upsample_concat, width=width)
+    assert_kernel_as_good("upsample", wide, inputs, triton_device)
+    found = run(wide, inputs, choice="triton", device=triton_device)[0]
+    plain = run(upsample_concat, inputs, choice="triton", device=triton_device)[0]
+    assert found.is_contiguous(memory_format=CHANNELS_LAST)
+    assert_equal("x and skip", found[:, : channels + skipped], plain)
+    assert not found[:, channels + skipped :].any()  # nor NaN
+
+
+def test_gradient_of_the_zeros_is_ignored(triton_device: torch.device) -> None:
+    leaves = [each.to(triton_device).requires_grad_() for each in pair((1, 3, 2, 3, 2), 2)]
+    grad = noise(1, 8, 4, 6, 4, dtype=torch.float32).to(triton_device)
+    with implementation("triton"):
+        expected = torch.autograd.grad(upsample_concat(*leaves), leaves, grad[:, :5])
+        grad[:, 5:] = torch.nan
+        found = torch.autograd.grad(upsample_concat(*leaves, width=8), leaves, grad)
+    for a, b in zip(found, expected, strict=True):
+        assert_equal("gradient", a, b)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["x", "skip"])
@@ -140,8 +172,9 @@ def test_opcheck(shape: tuple[int, ...], triton_device: torch.device) -> None:
         leaves = [
             each.clone().requires_grad_(need) for each, need in zip((x, skip), needs, strict=True)
         ]
-        torch.library.opcheck(torch.ops.ulae_rt.upsample_concat.default, leaves)
-    grad = torch.ops.ulae_rt.upsample_concat(x, skip)
+        for width in (shape[1] + 2, 8):
+            torch.library.opcheck(torch.ops.ulae_rt.upsample_concat.default, (*leaves, width))
+    grad = torch.ops.ulae_rt.upsample_concat(x, skip, 8)
     for memory in (grad, grad.contiguous()):
         torch.library.opcheck(
             torch.ops.ulae_rt.upsample_concat_backward.default, (memory, shape[1])
@@ -158,12 +191,14 @@ def test_compile_and_export(triton_device: torch.device) -> None:
 
     class Module(torch.nn.Module):
         def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-            return upsample_concat(x, skip)
+            return upsample_concat(x, skip, width=8)
 
     with implementation("triton"):
         program = torch.export.export(Module(), tuple(inputs))
         assert "ulae_rt.upsample_concat.default" in program.graph_module.code
-        assert_equal("exported", program.module()(*inputs).cpu(), expected[0])
+        out = program.module()(*inputs).cpu()
+    assert_equal("exported", out[:, :5], expected[0])
+    assert_equal("zeros", out[:, 5:], torch.zeros_like(out[:, 5:]))
 
 
 def test_no_second_derivative(triton_device: torch.device) -> None:
@@ -178,6 +213,6 @@ def test_no_second_derivative(triton_device: torch.device) -> None:
 def test_a_request_that_cannot_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("ULAE_RT_KERNELS", "triton")
-    for op in (upsample_concat, torch.ops.ulae_rt.upsample_concat):
+    for op in (upsample_concat, partial(torch.ops.ulae_rt.upsample_concat, width=5)):
         with pytest.raises(BackendUnavailable, match="cannot run: they need a CUDA tensor"):
             op(*pair((1, 3, 1, 2, 2), 2))
