@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -138,6 +139,22 @@ class Engine:
                 does not suffice.
             UsageError: if it is closed.
         """
+        results = self._register(moving, fixed, ("moved", "disp"))
+        return EngineOutput(results["moved"], results["disp"])
+
+    def displacement(self, moving: Any, fixed: Any) -> Array:
+        """The displacement of `run` alone: the moved image is neither computed nor copied.
+
+        Args:
+            moving: as for `run`.
+            fixed: as for `run`.
+
+        Returns:
+            (B, 3, D, H, W) float32, voxels, with the errors of `run`.
+        """
+        return self._register(moving, fixed, ("disp",))["disp"]
+
+    def _register(self, moving: Any, fixed: Any, outputs: Sequence[str]) -> dict[str, Array]:
         images = {"moving": _array("moving", moving), "fixed": _array("fixed", fixed)}
         self._check(images)
         self._check_values(images)
@@ -149,7 +166,7 @@ class Engine:
                 stop = min(start + self._at_once, batch)
                 part = {n: np.ascontiguousarray(i[start:stop]) for n, i in images.items()}
                 try:
-                    results = self._execute(part)
+                    results = self._execute(part, outputs)
                 except OutOfMemory as error:
                     if stop - start <= self.batch:
                         raise
@@ -159,11 +176,8 @@ class Engine:
                     parts.append(results)
                     start = stop
             if len(parts) == 1:
-                return EngineOutput(parts[0]["moved"], parts[0]["disp"])
-            return EngineOutput(
-                np.concatenate([part["moved"] for part in parts]),
-                np.concatenate([part["disp"] for part in parts]),
-            )
+                return parts[0]
+            return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
         except MemoryError as error:
             raise failure(f"registering {batch} pairs at once", error) from error
 
@@ -220,11 +234,11 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _execute(self, feeds: dict[str, Array]) -> dict[str, Array]:
+    def _execute(self, feeds: dict[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         with self._turn:
             if self._closed:
                 raise _closed()
-            return self._backend.run(feeds)
+            return self._backend.run(feeds, outputs)
 
     def _halve(self, tried: int, error: OutOfMemory) -> None:
         self._at_once = max(self.batch, tried // 2)

@@ -10,7 +10,14 @@ from ulae_rt.errors import EquivalenceError, ExportError
 from ulae_rt.export.proof import DEFECT_HINT
 from ulae_rt.kernels.norm_activate.reference import NEGATIVE_SLOPE, NORM_EPS
 from ulae_rt.model import UlaeNet
-from ulae_rt.model.blocks import ConvBlock, FoldedWeights, MovingBlock, _strided_conv3d, conv3d
+from ulae_rt.model.blocks import (
+    ConvBlock,
+    FixedLevel,
+    MovingBlock,
+    conv3d,
+    strided_convolutions,
+)
+from ulae_rt.model.program import FoldedMovingBlock
 from ulae_rt.model.ulae_net import STEPS
 
 # Precision -> type of the features; None: that of the inputs.
@@ -45,7 +52,7 @@ class InferenceGraph(nn.Module):
         self.model.feature_dtype = PRECISIONS[precision]
         for name, block in dict(self.model.named_modules()).items():
             if isinstance(block, MovingBlock):
-                self.model.set_submodule(name, _FoldedMovingBlock(block))
+                self.model.set_submodule(name, _ExplicitMovingBlock(block))
             elif isinstance(block, ConvBlock):
                 self.model.set_submodule(name, _ExplicitConvBlock(block))
         if self.model.feature_dtype is not None:
@@ -58,7 +65,7 @@ class InferenceGraph(nn.Module):
             # The finest head alone is of the features' type, see UlaeNet._step.
             if isinstance(block, ConvBlock) or name == f"heads.{STEPS}":
                 block.to(dtype)
-            elif isinstance(block, _FoldedMovingBlock):
+            elif isinstance(block, _ExplicitMovingBlock):
                 block.store_in(dtype)
         for name, weight in self.model.state_dict().items():
             if not weight.isfinite().all():
@@ -74,41 +81,27 @@ class InferenceGraph(nn.Module):
         return moved, disp
 
 
-class _FoldedMovingBlock(MovingBlock):
-    """A moving block whose folded weights are stored: traced, the folding is 1000 nodes more."""
+class _ExplicitMovingBlock(FoldedMovingBlock):
+    """A moving block in ONNX's operators; the folding, traced, would be 1000 nodes more."""
 
     def __init__(self, block: MovingBlock) -> None:
-        nn.Module.__init__(self)
-        dtype = block.out.weight.dtype
-        with torch.no_grad():
-            # In float64, so that folding adds no rounding of its own to the exported weights.
-            weights = copy.deepcopy(block).double().folded()
-        self.register_buffer("bias", weights.bias.to(dtype))
-        self.register_buffer("fixed", weights.fixed.to(dtype))
-        self.register_buffer("mean", weights.mean.to(dtype))
-        self.dilations = tuple(weights.dilated)
-        for dilation, kernel in weights.dilated.items():
-            self.register_buffer(f"dilated{dilation}", kernel.to(dtype))
+        super().__init__(block, None)
 
     def store_in(self, dtype: torch.dtype) -> None:
-        """Convert all but the weights of the mean."""
-        mean = self.get_buffer("mean")
+        """Convert all but what is applied to the mean."""
+        wide = {name: self.get_buffer(name) for name in ("bias", "mean")}
         self.to(dtype)
-        self.mean = mean
+        for name, value in wide.items():
+            setattr(self, name, value)
 
-    def folded(self) -> FoldedWeights:
-        dilated = {d: self.get_buffer(f"dilated{d}") for d in self.dilations}
-        bias, fixed, mean = (self.get_buffer(name) for name in ("bias", "fixed", "mean"))
-        return FoldedWeights(bias, fixed, mean, dilated)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        weights = self.folded()
-        out = conv3d(y, weights.fixed, weights.bias)
+    def forward(self, x: Tensor, fixed: FixedLevel) -> Tensor:
+        weights = fixed.weights
         # A matrix product and no convolution: those of an fp16 graph are all of the features' type.
-        mean = _mean_of_planes(_wide(x.flatten(3))).flatten(1) @ weights.mean.flatten(1).T
-        out = out + mean.view(-1, out.shape[1], 1, 1, 1).to(out.dtype)
-        for dilation, kernel in weights.dilated.items():
-            out = out + _strided_conv3d(x, kernel, dilation)
+        mean = _mean_of_planes(_wide(x.flatten(3))).flatten(1)
+        constant = mean @ weights.mean.t() + weights.bias
+        out = fixed.term + constant.view(-1, constant.shape[1], 1, 1, 1).to(fixed.term.dtype)
+        for term in strided_convolutions(x, weights.dilated):
+            out = out + term
         return F.leaky_relu(out, NEGATIVE_SLOPE)
 
 
@@ -168,7 +161,12 @@ class _BranchwiseMovingBlock(MovingBlock):
         for name, branch in block.named_children():
             self.add_module(name, branch)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def fixed_level(self, features: Tensor) -> FixedLevel:
+        return FixedLevel(features, features, self.folded())
+
+    def forward(self, x: Tensor, fixed: FixedLevel) -> Tensor:
+        y = fixed.features
+
         def branch(name: str, image: Tensor, dilation: int) -> Tensor:
             weight, bias = (self.get_parameter(f"{name}.{part}") for part in ("weight", "bias"))
             padding = dilation if weight.shape[-1] == 3 else 0

@@ -13,7 +13,6 @@ otherwise, and a package for a GPU is machine code. The engine therefore opens a
 hash is found to be the manifest's.
 """
 
-import copy
 import io
 import tempfile
 import warnings
@@ -22,14 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ulae_rt.export.config import Missing
 from ulae_rt.kernels import _launch
 from ulae_rt.model import UlaeNet
-from ulae_rt.model.blocks import ConvBlock, FoldedWeights, MovingBlock, as_features
-
-_FEATURES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+from ulae_rt.model.blocks import channel_multiple
+from ulae_rt.model.checkpoint import PRECISIONS
+from ulae_rt.model.program import InferenceProgram
 
 
 class BuiltProgram(NamedTuple):
@@ -106,7 +105,9 @@ def trace_for_cpu(
 ) -> torch.export.ExportedProgram:
     """The operators that torch's CPU runs for one batch, sizes and slices written out."""
     with torch.no_grad(), _launch.tracing_for_cpu():
-        return torch.export.export(_Program(model, precision), _example(shape, batch, "cpu"))
+        return torch.export.export(
+            InferenceProgram(model, precision), _example(shape, batch, "cpu")
+        )
 
 
 def trace_for_gpu(
@@ -115,7 +116,8 @@ def trace_for_gpu(
     """Torch's convolutions and the project's Triton kernels, launches written out."""
     from ulae_rt.export._launches import launches
 
-    program = _Program(model, precision).to(device)
+    multiple = channel_multiple(PRECISIONS[precision] or torch.float32, "cuda")
+    program = InferenceProgram(model, precision, multiple).to(device)
     with torch.no_grad():
         exported = torch.export.export(program, _example(shape, batch, device))
         return launches(exported)
@@ -149,52 +151,6 @@ def _example(shape: tuple[int, int, int], batch: int, device: str) -> tuple[Tens
     # Two tensors: one given twice would be traced as one input.
     images = torch.zeros(2, batch, 1, *shape, device=device)
     return images[0].clone(), images[1].clone()
-
-
-class _Program(nn.Module):
-    """``(moving, fixed) -> (moved, disp)``: :meth:`UlaeNet.predict` with its weights at rest.
-
-    Not :class:`InferenceGraph`, whose operators are those that ONNX has.
-    """
-
-    def __init__(self, model: UlaeNet, precision: str) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(model)
-        dtype = self.model.feature_dtype = _FEATURES[precision]
-        for name, block in dict(self.model.named_modules()).items():
-            if isinstance(block, MovingBlock):
-                self.model.set_submodule(name, _Folded(block, dtype))
-            elif isinstance(block, ConvBlock) and dtype is not None:
-                block.to(dtype)
-        self.eval().requires_grad_(False)
-
-    def forward(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, D, H, W) each to (B, 1, D, H, W) and (B, 3, D, H, W) in voxels."""
-        moved, disp = self.model.predict(moving, fixed)
-        return moved, disp
-
-
-class _Folded(MovingBlock):
-    """A moving block with its folded weights stored in the type and layout they are used in."""
-
-    def __init__(self, block: MovingBlock, dtype: torch.dtype | None) -> None:
-        nn.Module.__init__(self)
-        wide = block.out.weight.dtype
-        with torch.no_grad():
-            # In float64, so that folding adds no rounding of its own to the exported weights.
-            weights = copy.deepcopy(block).double().folded()
-        self.register_buffer("bias", weights.bias.to(dtype or wide))
-        self.register_buffer("fixed", as_features(weights.fixed, dtype or wide))
-        # What comes of a mean over the volume stays wide.
-        self.register_buffer("mean", as_features(weights.mean, wide))
-        self.dilations = tuple(weights.dilated)
-        for dilation, kernel in weights.dilated.items():
-            self.register_buffer(f"dilated{dilation}", as_features(kernel, dtype or wide))
-
-    def folded(self) -> FoldedWeights:
-        dilated = {d: self.get_buffer(f"dilated{d}") for d in self.dilations}
-        bias, fixed, mean = (self.get_buffer(name) for name in ("bias", "fixed", "mean"))
-        return FoldedWeights(bias, fixed, mean, dilated)
 
 
 def _types(program: torch.export.ExportedProgram) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The network behind one interface: weights that torch runs, or an exported engine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -8,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulae_rt.arguments import check_choice, device_name, parse_device, path_of, what_is_at
-from ulae_rt.convolutions import exact_convolutions
 from ulae_rt.engines import BACKENDS as ENGINE_BACKENDS
-from ulae_rt.engines import Engine, EngineOutput, load_engine
+from ulae_rt.engines import Engine, load_engine
 from ulae_rt.engines.backends.base import failure
+from ulae_rt.engines.backends.captured import CapturedProgram, inference
 from ulae_rt.engines.folder import PRECISIONS
 from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
 from ulae_rt.engines.session import Metadata
@@ -56,51 +57,100 @@ class Network(Protocol):
     def at_once(self) -> int:
         """How many pairs it is best given."""
 
-    def run(self, moving: Any, fixed: Any) -> EngineOutput:
-        """Register (B, 1, D, H, W) float32 each in [0, 1]."""
+    def displacement(self, moving: Any, fixed: Any) -> NDArray[np.float32]:
+        """Register (B, 1, D, H, W) float32 each in [0, 1]: (B, 3, D, H, W) voxels."""
 
 
 class TorchBackend:
     """Weights run by torch, with the methods that the backends of exported engines have.
 
+    On a GPU each number of pairs is recorded once as a CUDA graph and then replayed.
+
     Args:
-        model: in eval mode, in its precision and on its device.
-        device: that device.
+        model: in eval mode, on any device; it is not changed.
+        device: ``cpu``, ``cuda`` or ``cuda:N``, where it is to run.
+        precision: of the features: fp32, fp16 or bf16.
     """
 
     name = "torch"
 
-    def __init__(self, model: "UlaeNet", device: str) -> None:
-        self.device = device
-        self._model: UlaeNet | None = model
+    def __init__(self, model: "UlaeNet", device: str, precision: str) -> None:
+        import torch
+
+        from ulae_rt.model.blocks import channel_multiple
+        from ulae_rt.model.checkpoint import PRECISIONS
+        from ulae_rt.model.program import InferenceProgram
+
+        kind, index = parse_device(device)
+        self.device = f"cuda:{index}" if kind == "cuda" else "cpu"
+        multiple = channel_multiple(PRECISIONS[precision] or torch.float32, kind)
+        program = InferenceProgram(model, precision, multiple).to(self.device)
+        self._program: InferenceProgram | None = program
         image: tuple[int, ...] = (ANY_BATCH, 1, *model.metadata.shape)
         disp: tuple[int, ...] = (ANY_BATCH, 3, *model.metadata.shape)
         self.inputs = {"moving": image, "fixed": image}
         self.outputs = {"moved": image, "disp": disp}
+        self._captured: dict[tuple[int, tuple[str, ...]], CapturedProgram] = {}
+        if kind == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+            self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    def run(
+        self, feeds: Mapping[str, NDArray[np.float32]], outputs: Sequence[str] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Execute once; see `ulae_rt.engines.backends.base.Backend.run`."""
-        import torch
-
-        assert self._model is not None  # its engine sees to that
+        names = tuple(self.outputs if outputs is None else outputs)
+        arrays = [feeds[name] for name in self.inputs]
         try:
-            with torch.inference_mode(), exact_convolutions():
-                # torch warns of arrays that may not be written to.
-                arrays = [np.require(image, requirements="W") for image in feeds.values()]
-                images = [torch.from_numpy(array).to(self.device) for array in arrays]
-                out = self._model.predict(*images)
-                return {
-                    "moved": np.asarray(out.moved.float().cpu().numpy()),
-                    "disp": np.asarray(out.disp.float().cpu().numpy()),
-                }
+            if self.device == "cpu":
+                results = self._on_cpu(arrays, names)
+            else:
+                results = self._on_gpu(arrays, names)
         except RuntimeError as error:  # torch has no narrower one for memory of the CPU
             if isinstance(error, UlaeError):
                 raise
+            self._captured.clear()  # what a smaller batch may need
             raise failure(f"running the weights on {self.device}", error) from error
+        return dict(zip(names, results, strict=True))
+
+    def _on_cpu(
+        self, arrays: Sequence[NDArray[np.float32]], names: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        import torch
+
+        with inference():
+            # torch warns of arrays that may not be written to.
+            writable = [np.require(array, requirements="W") for array in arrays]
+            results = self._call(names, *(torch.from_numpy(array) for array in writable))
+            return [np.asarray(result.numpy()) for result in results]
+
+    def _on_gpu(
+        self, arrays: Sequence[NDArray[np.float32]], names: tuple[str, ...]
+    ) -> list[NDArray[np.float32]]:
+        key = len(arrays[0]), names
+        if key not in self._captured:
+            # Those of a full part and of what is left at the end; each holds memory.
+            while len(self._captured) >= _MOST_CAPTURED:
+                self._captured.pop(next(iter(self._captured)))
+            program = partial(self._call, names)
+            shapes = [array.shape for array in arrays]
+            self._captured[key] = CapturedProgram(program, shapes, self._stream, self._pool)
+        return self._captured[key](arrays, range(len(names)))
+
+    def _call(self, names: Sequence[str], *images: "torch.Tensor") -> "list[torch.Tensor]":
+        assert self._program is not None  # its engine sees to that
+        if "moved" not in names:
+            return [self._program.displacement(*images)]
+        moved, disp = self._program(*images)
+        return [moved if name == "moved" else disp for name in names]
 
     def close(self) -> None:
         """Free the weights."""
-        self._model = None
+        self._captured.clear()
+        self._program = None
+
+
+_MOST_CAPTURED = 2
 
 
 def _open_weights(path: Path | None, device: str, precision: str) -> Engine:
@@ -115,7 +165,7 @@ def _open_weights(path: Path | None, device: str, precision: str) -> Engine:
     precision = "fp32" if precision == "auto" else precision  # what the weights are
     model = load_model(path, device=device, precision=precision)
     digest = sha256((DEFAULT_WEIGHTS if path is None else path).read_bytes())
-    return Engine(TorchBackend(model, device), model.metadata, precision, digest)
+    return Engine(TorchBackend(model, device, precision), model.metadata, precision, digest)
 
 
 def load_network(

@@ -336,11 +336,11 @@ class Registrar:
         filled = [*pairs, *[pairs[-1]] * fill]
         moving = np.stack([pair.image[None] for pair in filled])
         fixed = np.stack([pair.target.image[None] for pair in filled])
-        disp = self.network.run(moving, fixed).disp
+        disp = self.network.displacement(moving, fixed)
         if self.refine:
             # What it makes of left and right exchanged is as good and errs elsewhere.
             mirrored = (np.ascontiguousarray(image[:, :, ::-1]) for image in (moving, fixed))
-            disp = np.float32(0.5) * (disp + unmirrored(self.network.run(*mirrored).disp))
+            disp = np.float32(0.5) * (disp + unmirrored(self.network.displacement(*mirrored)))
         grids = [pair.target.grid.pooled(self._factor()) for pair in pairs]
         for grid in grids:
             if disp.shape[1:] != (3, *grid.shape):

@@ -492,11 +492,9 @@ class StandIn:
     def __init__(self) -> None:
         self._disp = displacement()[None]
 
-    def run(self, moving: Any, fixed: Any) -> Any:
+    def displacement(self, moving: Any, fixed: Any) -> Any:
         """Always the same."""
-        from ulae_rt.engines import EngineOutput
-
-        return EngineOutput(moving, self._disp)
+        return self._disp
 
 
 def plain(moving: Path, fixed: Path, folder: Path, count: int) -> Callable[[], None]:

@@ -1,6 +1,6 @@
 """What every backend offers, and the words for what any of them may be refused."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,11 +26,15 @@ class Backend(Protocol):
     inputs: dict[str, tuple[int, ...]]
     outputs: dict[str, tuple[int, ...]]
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
         """Execute once.
 
         Args:
             feeds: name to contiguous float32 array of the artefact's own shape.
+            outputs: names of those that are wanted, None for all; the others are neither copied
+                nor, where the library can leave them out, computed.
 
         Returns:
             Name to array, which the backend does not touch again.

@@ -1,10 +1,8 @@
 """torch: ``.pt2``, an exported program for the CPU or an AOTInductor package for one GPU."""
 
-import contextlib
 import io
-import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,11 @@ import numpy as np
 
 from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.arguments import parse_device
-from ulae_rt.convolutions import exact_convolutions
 from ulae_rt.engines.backends.base import Array, failure
+from ulae_rt.engines.backends.captured import CapturedProgram, inference
 from ulae_rt.errors import BackendUnavailable
 from ulae_rt.manifest import ANY_BATCH, Manifest
 from ulae_rt.optional import require
-
-_log = logging.getLogger(__name__)
 
 
 class Pt2Backend:
@@ -63,9 +59,10 @@ class Pt2Backend:
                         str(path), run_single_threaded=True, device_index=index
                     )
                 if ANY_BATCH in (shape[0] for shape in self.inputs.values()):
-                    self._program: _OnHost | _Captured | None = _OnHost(program, self.device)
+                    self._program: _OnHost | CapturedProgram | None = _OnHost(program, self.device)
                 else:
-                    self._program = _Captured(program, self.inputs, self.device)
+                    stream = torch.cuda.Stream(self.device)
+                    self._program = CapturedProgram(program, [*self.inputs.values()], stream)
             else:
                 keep_freed_memory()
                 program = torch.export.load(io.BytesIO(content)).module(check_guards=False)
@@ -75,26 +72,33 @@ class Pt2Backend:
                 f"loading {manifest.artefact} with torch {torch.__version__}", error
             ) from error
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
         """Execute once; see :meth:`Backend.run`."""
         assert self._program is not None  # its engine sees to that
+        names = list(self.outputs) if outputs is None else outputs
+        places = [list(self.outputs).index(name) for name in names]
         try:
-            arrays = self._program([feeds[name] for name in self.inputs])
+            arrays = self._program([feeds[name] for name in self.inputs], places)
         except RuntimeError as error:
             raise failure(f"running the program on {self.device}", error) from error
-        return dict(zip(self.outputs, arrays, strict=True))
+        return dict(zip(names, arrays, strict=True))
 
     def close(self) -> None:
         """Free the program."""
         self._program = None
 
 
-@contextlib.contextmanager
-def _exact() -> Iterator[None]:
+def _without_other_outputs(module: Any, kept: Sequence[int]) -> Any:
+    """A program for the CPU that computes only the outputs of the places ``kept``."""
     import torch
 
-    with torch.inference_mode(), exact_convolutions():
-        yield
+    graph = torch.fx.Graph()
+    outputs = graph.graph_copy(module.graph, {})
+    graph.output(tuple(outputs[number] for number in kept))
+    graph.eliminate_dead_code()
+    return torch.fx.GraphModule(module, graph)
 
 
 class _OnHost:
@@ -103,64 +107,19 @@ class _OnHost:
     def __init__(self, program: Callable[..., Any], device: str) -> None:
         self._program = program
         self._device = device
+        self._reduced: dict[tuple[int, ...], Callable[..., Any]] = {}
 
-    def __call__(self, arrays: Sequence[Array]) -> list[Array]:
+    def __call__(self, arrays: Sequence[Array], wanted: Sequence[int]) -> list[Array]:
         import torch
 
-        with _exact():
+        with inference():
             # torch warns of arrays that may not be written to.
             writable = [np.require(array, requirements="W") for array in arrays]
             images = [torch.from_numpy(array).to(self._device) for array in writable]
-            return [np.asarray(x.cpu()) for x in self._program(*images)]
-
-
-class _Captured:
-    """A program of fixed sizes on a GPU: its own stream, its memory set aside, one CUDA graph.
-
-    Args:
-        program: what AOTInductor loaded.
-        inputs: name to shape.
-        device: ``cuda:N``.
-    """
-
-    def __init__(
-        self, program: Callable[..., Any], inputs: Mapping[str, tuple[int, ...]], device: str
-    ) -> None:
-        import torch
-
-        self._program = program
-        self._stream = torch.cuda.Stream(device)
-        self._graph: Any = None
-        self._inputs = [torch.zeros(shape, device=device) for shape in inputs.values()]
-        # Only pinned memory is copied while the host goes on.
-        self._sent = [torch.empty(shape, pin_memory=True) for shape in inputs.values()]
-        with torch.cuda.device(device), _exact():
-            torch.cuda.synchronize()
-            with torch.cuda.stream(self._stream):
-                self._outputs = list(program(*self._inputs))  # loads kernels, which a graph cannot
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, stream=self._stream):
-                    outputs = list(program(*self._inputs))
-            except RuntimeError as error:
-                _log.warning("the .pt2 program runs without a CUDA graph: %s", error)
-            else:
-                self._graph, self._outputs = graph, outputs
-        self._received = [torch.empty(x.shape, pin_memory=True) for x in self._outputs]
-
-    def __call__(self, arrays: Sequence[Array]) -> list[Array]:
-        import torch
-
-        with _exact(), torch.cuda.stream(self._stream):
-            for place, sent, array in zip(self._inputs, self._sent, arrays, strict=True):
-                sent.copy_(torch.from_numpy(np.require(array, requirements="W")))
-                place.copy_(sent, non_blocking=True)
-            if self._graph is None:
-                self._outputs = list(self._program(*self._inputs))
-            else:
-                self._graph.replay()
-            for received, found in zip(self._received, self._outputs, strict=True):
-                received.copy_(found, non_blocking=True)
-        self._stream.synchronize()
-        return [received.numpy().copy() for received in self._received]
+            if self._device != "cpu":  # compiled: it computes all of them
+                outputs = self._program(*images)
+                return [np.asarray(outputs[number].cpu()) for number in wanted]
+            key = tuple(wanted)
+            if key not in self._reduced:
+                self._reduced[key] = _without_other_outputs(self._program, key)
+            return [np.asarray(x) for x in self._reduced[key](*images)]

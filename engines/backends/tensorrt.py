@@ -4,7 +4,7 @@ import functools
 import logging
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ulae_rt.arguments import parse_device
@@ -111,8 +111,11 @@ class TensorRtBackend:
         if not self._context.execute_async_v3(int(self._stream)):
             raise failure(f"running the engine on {self.device}", self._logger.last)
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
         """Execute once; see :meth:`Backend.run`."""
+        names = list(self.outputs if outputs is None else outputs)
         cuda, stream = self._cuda, self._stream
         cuda.use()
         for name in self.inputs:
@@ -122,10 +125,10 @@ class TensorRtBackend:
             self._enqueue()
         else:
             cuda("cudaGraphLaunch", self._graph, stream)
-        for name in self.outputs:
+        for name in names:
             cuda.download(self._buffers[name], stream)
         cuda.wait(stream)
-        return {name: self._buffers[name].array.copy() for name in self.outputs}
+        return {name: self._buffers[name].array.copy() for name in names}
 
     def close(self) -> None:
         """Free the engine and its memory."""

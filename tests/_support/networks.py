@@ -1,7 +1,6 @@
 """Networks whose displacement is known: no torch, no weights."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -28,9 +27,9 @@ class FakeNetwork:
         self.answer = answer
         self.seen: tuple[np.ndarray, np.ndarray] | None = None
 
-    def run(self, moving: np.ndarray, fixed: np.ndarray) -> SimpleNamespace:
+    def displacement(self, moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
         pairs = zip(moving[:, 0], fixed[:, 0], strict=True)
-        return SimpleNamespace(disp=np.stack([self._displacement(*pair) for pair in pairs]))
+        return np.stack([self._displacement(*pair) for pair in pairs])
 
     def _displacement(self, moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
         assert moving.shape == fixed.shape == self.metadata.shape

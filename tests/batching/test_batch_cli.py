@@ -45,9 +45,9 @@ from _support.networks import FakeNetwork
 from ulae_rt import cli, registrar
 
 class Slow(FakeNetwork):
-    def run(self, moving, fixed):
+    def displacement(self, moving, fixed):
         time.sleep({seconds})
-        return super().run(moving, fixed)
+        return super().displacement(moving, fixed)
 
 registrar.load_network = lambda *_, **__: Slow(shift=(0.5, -0.25, 0.75))
 sys.exit(cli.main(sys.argv[1:]))

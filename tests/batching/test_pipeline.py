@@ -45,10 +45,10 @@ class Batches(FakeNetwork):
         super().__init__(**more)
         self.seconds, self.sizes = seconds, []
 
-    def run(self, moving, fixed):
+    def displacement(self, moving, fixed):
         self.sizes.append(len(moving))
         time.sleep(self.seconds)
-        return super().run(moving, fixed)
+        return super().displacement(moving, fixed)
 
 
 def run(tmp_path, pairs, network=None, stop=None, batch_size=1, wanted=None, workers=2):
@@ -151,12 +151,12 @@ def test_the_network_is_given_full_batches(scans, tmp_path, monkeypatch):
     class Held(Batches):
         """Its first run takes until a full batch has been prepared beside it."""
 
-        def run(self, moving, fixed):
+        def displacement(self, moving, fixed):
             if not self.sizes:
                 for _ in range(min(len(moving) + 4, 7)):  # seven are prepared ahead at most
                     assert prepared.acquire(timeout=60)
                 time.sleep(0.2)  # from prepared to handed over
-            return super().run(moving, fixed)
+            return super().displacement(moving, fixed)
 
     monkeypatch.setattr(Registrar, "prepare", counted)
     network = Held()
@@ -168,11 +168,11 @@ def test_the_network_is_given_full_batches(scans, tmp_path, monkeypatch):
 
 def test_a_pair_that_spoils_a_batch_fails_alone(scans, tmp_path):
     class Spoilt(Batches):
-        def run(self, moving, fixed):
-            super().run(moving, fixed)
+        def displacement(self, moving, fixed):
+            super().displacement(moving, fixed)
             if (fixed.shape[0] > 1) or (self.sizes.count(1) == 2):
                 raise EngineMismatch("failed running it", "try again")
-            return FakeNetwork.run(self, moving, fixed)
+            return FakeNetwork.displacement(self, moving, fixed)
 
     rows, _ = run(tmp_path, pairs_of(scans, 4), Spoilt(seconds=0.3), batch_size=4)
     failed = [row for row in rows.values() if row.status == "failed"]
@@ -222,9 +222,9 @@ def test_stopping_finishes_what_is_in_hand(scans, tmp_path):
     stop = threading.Event()
 
     class Stopping(FakeNetwork):
-        def run(self, moving, fixed):
+        def displacement(self, moving, fixed):
             stop.set()
-            return super().run(moving, fixed)
+            return super().displacement(moving, fixed)
 
     rows, _ = run(tmp_path, pairs_of(scans, 50), Stopping(), stop)
     assert 1 <= len(rows) <= 6

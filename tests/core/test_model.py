@@ -13,7 +13,7 @@ from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import noise, smooth_image
 from ulae_rt.errors import ShapeError, UsageError
 from ulae_rt.model import RegistrationOutput, UlaeNet
-from ulae_rt.model.blocks import ConvBlock, MovingBlock, _strided_conv3d
+from ulae_rt.model.blocks import ConvBlock, MovingBlock, strided_convolutions
 
 VARIANTS = ("paper", "release")
 SIZES = (32, 48, 32)
@@ -329,7 +329,7 @@ def test_moving_block_of_an_image_without_gradients(
     x = noise(2, 1, *sizes, seed=1)
     y = noise(2, 4, *[(s + 1) // 2 for s in sizes], seed=2)
     expected = plain.moving_block(state, "mec", x, y, dilation)
-    assert_close("block", block(x, y), expected, TOL["block float64"])
+    assert_close("block", block(x, block.fixed_level(y)), expected, TOL["block float64"])
 
 
 @pytest.mark.parametrize("dilation", [4, 3, 2, 1])
@@ -345,7 +345,7 @@ def test_folded_moving_block_and_its_gradients(dilation: int, sizes: tuple[int, 
     upstream = noise(*expected.shape, seed=3) - 0.5
     wanted = torch.autograd.grad((expected * upstream).sum(), [x, y, *state.values()])
 
-    actual = block(x, y)
+    actual = block(x, block.fixed_level(y))
     assert_close("block", actual, expected, TOL["block float64"])
     inputs = [x, y, *[block.get_parameter(k.removeprefix("mec.")) for k in state]]
     got = torch.autograd.grad((actual * upstream).sum(), inputs)
@@ -357,18 +357,19 @@ def test_folded_moving_block_and_its_gradients(dilation: int, sizes: tuple[int, 
 # Layers
 
 
-@pytest.mark.parametrize("dilation", [1, 2, 3, 4, 6, 8, 9, 12])
-def test_strided_convolution(dilation: int) -> None:
+@pytest.mark.parametrize("dilations", [(1, 4, 8, 12), (1, 3, 6, 9), (1, 2), (3,)])
+def test_strided_convolutions(dilations: tuple[int, ...]) -> None:
     for sizes in ((9, 12, 7), (8, 1, 16)):
         x = noise(2, 3, *sizes, seed=1).requires_grad_()
-        weight = noise(4, 3, 3, 3, 3, seed=2).requires_grad_()
-        expected = F.conv3d(x, weight, stride=2, padding=dilation, dilation=dilation)
-        actual = _strided_conv3d(x, weight, dilation)
-        assert_close("forward", actual, expected, TOL["block float64"])
-        wanted = torch.autograd.grad(expected.square().sum(), [x, weight])
-        got = torch.autograd.grad(actual.square().sum(), [x, weight])
-        for name, a, b in zip(("x", "weight"), got, wanted, strict=True):
-            assert_close(f"gradient of {name}", a, b, TOL["block float64 gradient"])
+        weights = [noise(4, 3, 3, 3, 3, seed=2 + d).requires_grad_() for d in dilations]
+        terms = list(strided_convolutions(x, dict(zip(dilations, weights, strict=True))))
+        for dilation, weight, actual in zip(dilations, weights, terms, strict=True):
+            expected = F.conv3d(x, weight, stride=2, padding=dilation, dilation=dilation)
+            assert_close("forward", actual, expected, TOL["block float64"])
+            wanted = torch.autograd.grad(expected.square().sum(), [x, weight])
+            got = torch.autograd.grad(actual.square().sum(), [x, weight], retain_graph=True)
+            for name, a, b in zip(("x", "weight"), got, wanted, strict=True):
+                assert_close(f"gradient of {name}", a, b, TOL["block float64 gradient"])
 
 
 @pytest.mark.skipif(

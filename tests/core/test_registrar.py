@@ -1,7 +1,5 @@
 """Weights in torch behind the interface of an exported engine, and the registrar on either."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -95,7 +93,7 @@ def test_failure_of_torch_is_one_error_with_a_remedy(weights, error, message, mo
     def fail(*images):
         raise error
 
-    monkeypatch.setattr(engine._backend._model, "predict", fail)
+    monkeypatch.setattr(engine._backend._program.model, "predict", fail)
     with pytest.raises(EngineMismatch, match=message) as caught:
         engine.run(*images())
     assert caught.value.hint
@@ -107,7 +105,7 @@ def test_mistake_that_was_explained_is_passed_on(weights, monkeypatch):
     def fail(*images):
         raise BackendUnavailable("no kernel", "install triton")
 
-    monkeypatch.setattr(engine._backend._model, "predict", fail)
+    monkeypatch.setattr(engine._backend._program.model, "predict", fail)
     with pytest.raises(BackendUnavailable, match="no kernel"):
         engine.run(*images())
 
@@ -117,13 +115,13 @@ def test_convolutions_are_not_rounded_to_tf32(weights, monkeypatch):
     backend = engine._backend
     assert isinstance(backend, TorchBackend)
     seen = []
-    predict = backend._model.predict
+    predict = backend._program.model.predict
 
     def record(*images):
         seen.append(torch.backends.cudnn.allow_tf32)
         return predict(*images)
 
-    monkeypatch.setattr(backend._model, "predict", record)
+    monkeypatch.setattr(backend._program.model, "predict", record)
     engine.run(*images())
     assert seen == [False]
 
@@ -248,7 +246,7 @@ def test_an_engine_of_another_grid_than_it_says(
     weights, exported, scan, tmp_path, capsys, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "run", lambda *_: SimpleNamespace(disp=np.zeros((1, 3, 4, 4, 4))))
+        patch.setattr(Engine, "displacement", lambda *_: np.zeros((1, 3, 4, 4, 4)))
         assert register(scan, tmp_path, "--engine", str(exported)) == 1
     said = capsys.readouterr().err
     assert "the network returned a displacement of (3, 4, 4, 4)" in said

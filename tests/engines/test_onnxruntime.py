@@ -106,10 +106,15 @@ class FakeRuntime:
                 binding.values["moved"].array[...] = moving + fixed
                 binding.values["disp"].array[...] = moving - fixed
 
-            def run(self, names, feeds):
+            def run(self, names, feeds, options):
                 self.runs += 1
+                assert options.only_execute_path_to_fetches
                 difference = feeds["moving"] - feeds["fixed"]
-                return [feeds["moving"] + feeds["fixed"], np.repeat(difference, 3, axis=1)]
+                results = {
+                    "moved": feeds["moving"] + feeds["fixed"],
+                    "disp": np.repeat(difference, 3, axis=1),
+                }
+                return [results[name] for name in names]
 
         class Binding:
             def __init__(self):
@@ -123,7 +128,7 @@ class FakeRuntime:
 
         self.batch = 1
         self.SessionOptions, self.OrtValue = SessionOptions, OrtValue
-        self.InferenceSession = InferenceSession
+        self.InferenceSession, self.RunOptions = InferenceSession, onnxruntime.RunOptions
 
     def get_available_providers(self):
         return [CUDA, "CPUExecutionProvider"]
@@ -209,7 +214,7 @@ def test_full_gpu_is_one_error_with_a_remedy(runtime):
 def test_full_host_is_one_error_with_a_remedy():
     backend = OnnxRuntimeBackend(graph(), "cpu")
 
-    def fail(names, feeds):
+    def fail(names, feeds, options):
         raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc")
 
     backend._session = SimpleNamespace(run=fail)

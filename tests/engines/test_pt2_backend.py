@@ -1,12 +1,10 @@
 """The backend of ``.pt2`` files on the CPU."""
 
-import contextlib
 import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ import torch
 from _support.engines import SHAPE, make_manifest, write_engine
 from ulae_rt.cli import run_command
 from ulae_rt.engines import load_engine
-from ulae_rt.engines.backends.pt2 import Pt2Backend, _Captured
+from ulae_rt.engines.backends.pt2 import Pt2Backend
 from ulae_rt.errors import BackendUnavailable, EngineMismatch
 from ulae_rt.manifest import Manifest
 
@@ -94,86 +92,22 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         Pt2Backend(b"", manifest(b""), "cuda:0")
 
 
-class FakeCuda:
-    """What of torch.cuda a captured program uses, by the rules of CUDA graphs, on the CPU.
-
-    Capturing computes nothing; a replay computes from what the inputs then hold, into the memory
-    of the outputs that were captured.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuses: bool = False) -> None:
-        self.refuses, self.capturing, self.current, self.calls = refuses, None, None, []
-        made = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: made(*a, **k))
-        for name in ("Stream", "CUDAGraph", "device", "stream", "graph", "synchronize"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-
-    def Stream(self, device):
-        return SimpleNamespace(device=device, synchronize=lambda: self.calls.append("synchronize"))
-
-    def CUDAGraph(self):
-        return SimpleNamespace(replay=self.replay)
-
-    def device(self, name):
-        return contextlib.nullcontext(name)
-
-    def synchronize(self):
-        pass
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream):
-        if self.refuses:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.capturing = graph
-        with self.stream(stream):
-            yield
-        self.capturing = None
-
-    def program(self, *images):
-        """Sums, as `Sum`; must run on the program's own stream."""
-        assert self.current is not None
-        self.calls.append("capture" if self.capturing else "run")
-        outputs = [torch.full_like(images[0], torch.nan) for _ in range(2)]
-        self.captured = images, outputs
-        if not self.capturing:
-            self.compute()
-        return outputs
-
-    def compute(self):
-        (moving, fixed), outputs = self.captured
-        outputs[0].copy_(moving + fixed)
-        outputs[1].copy_(moving - fixed)
-
-    def replay(self):
-        assert self.current is not None
-        self.calls.append("replay")
-        self.compute()
-
-
-@pytest.mark.parametrize("refuses", [False, True])
-def test_a_program_of_fixed_sizes_is_captured_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuses: bool
+@pytest.mark.parametrize("wanted", [["disp"], ["moved"], ["disp", "moved"]])
+def test_only_what_is_wanted_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: list[str]
 ) -> None:
-    cuda = FakeCuda(monkeypatch, refuses)
+    content = program(tmp_path / "sum.pt2")
+    backend = Pt2Backend(content, manifest(content), "cpu")
     feeds = images()
-    captured = _Captured(cuda.program, {n: x.shape for n, x in feeds.items()}, "cpu")
-    moving, fixed = feeds.values()
-    first = captured([moving, fixed])
-    kept = first[0].copy()
-    second = captured([fixed, fixed])
-    np.testing.assert_array_equal(first[0], kept)  # not the memory of the next run
-    np.testing.assert_array_equal(first[0], moving + fixed)
-    np.testing.assert_array_equal(first[1], moving - fixed)
-    np.testing.assert_array_equal(second[0], fixed + fixed)
-    runs = ["run", "synchronize"] * 2 if refuses else ["replay", "synchronize"] * 2
-    assert cuda.calls == ["run", "synchronize", *([] if refuses else ["capture"]), *runs]
-    assert ("runs without a CUDA graph" in caplog.text) == refuses
+    everything = backend.run(feeds)
+    results = backend.run(feeds, wanted)
+    assert list(results) == wanted
+    for name, array in results.items():
+        np.testing.assert_array_equal(array, everything[name])
+    reduced = list(backend._program._reduced.values())[-1]
+    targets = [str(node.target) for node in reduced.graph.nodes]
+    assert any("add" in target for target in targets) == ("moved" in wanted)
+    assert any("sub" in target for target in targets) == ("disp" in wanted)
 
 
 @pytest.mark.follows("`ulae-rt doctor` says why; an ONNX engine runs on the CPU")

@@ -35,7 +35,7 @@ class SlowBackend:
         self.hold = threading.Event()
         self.hold.set()
 
-    def run(self, feeds):
+    def run(self, feeds, outputs=None):
         self.inside += 1
         assert self.inside == 1
         assert not self.closed
@@ -224,11 +224,11 @@ def test_full_memory_halves_what_is_given_at_once(caplog):
     backend = SlowBackend(batch=ANY_BATCH, seconds=0, device="cuda:0")
     run, sizes = backend.run, []
 
-    def small(feeds):
+    def small(feeds, outputs):
         sizes.append(len(feeds["moving"]))
         if len(feeds["moving"]) > 2:
             raise failure("running it", RuntimeError("CUDA out of memory. Tried to allocate"))
-        return run(feeds)
+        return run(feeds, outputs)
 
     backend.run = small
     engine = Engine(backend, METADATA, "fp16")
@@ -318,11 +318,11 @@ def test_hint_for_more_pairs_than_there_is_memory_for(engine, backend):
     """The results of four fill it."""
     run, held = backend.run, []
 
-    def filling(feeds):
+    def filling(feeds, outputs):
         if len(held) == 4:
             raise MemoryError
         held.append(feeds)
-        return run(feeds)
+        return run(feeds, outputs)
 
     backend.run = filling
     moving, fixed = images(6)

@@ -28,7 +28,7 @@ class Answering:
         self.outputs = {"moved": (batch, 1, *shape), "disp": (batch, 3, *shape)}
         self.disp, self.runs = disp, 0
 
-    def run(self, feeds):
+    def run(self, feeds, outputs=None):
         self.runs += 1
         moving = feeds["moving"]
         disp = np.zeros((len(moving), 3, *moving.shape[2:]), np.float32)
@@ -185,7 +185,7 @@ def test_weights_that_torch_runs_are_fed_by_the_same_rules(tmp_path):
         engine.run(image, image)
         with pytest.raises(IntensityError, match="moving of pair 0"):
             engine.run(image * 4095, image)
-        engine._backend._model.heads["3"].bias.data.fill_(torch.nan)
+        engine._backend._program.model.heads["3"].bias.data.fill_(torch.nan)
         with pytest.raises(EngineMismatch, match="NaN or infinite"):
             engine.run(image, image)
 

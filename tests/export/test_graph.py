@@ -97,7 +97,7 @@ def test_half_precision_keeps_float32_where_rounding_would_show():
     wide = {name for name, dtype in types.items() if dtype == torch.float32}
     assert wide == {
         *(f"heads.{step}.{part}" for step in (1, 2) for part in ("weight", "bias")),
-        *(f"encoder.mec{level}.mean" for level in (1, 2, 3, 4)),
+        *(f"encoder.mec{level}.{part}" for level in (1, 2, 3, 4) for part in ("mean", "bias")),
     }
     assert set(types.values()) == {torch.float32, torch.float16}
 

@@ -175,10 +175,11 @@ def _other_name(proto):
 
 
 def _bias_of_another_shape(proto):
-    bias = next(n for n in proto.graph.node if n.op_type == "Conv" and len(n.input) == 3).input[2]
-    tensor = next(t for t in proto.graph.initializer if t.name == bias)
-    values = np.repeat(onnx.numpy_helper.to_array(tensor)[:, None], 2, axis=1)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(values, bias))
+    head = next(n for n in proto.graph.node if "heads" in "".join(n.input))
+    (weight,) = (t for t in proto.graph.initializer if t.name == head.input[1])
+    values = np.zeros((3, 2), onnx.numpy_helper.to_array(weight).dtype)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(values, "bias"))
+    head.input.append("bias")
 
 
 def _computed_constant(proto):

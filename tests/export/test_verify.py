@@ -39,7 +39,7 @@ class Recorded:
     def __init__(self, case, wrong=lambda disp, moved, call: None):
         self.case, self.wrong, self.calls = case, wrong, 0
 
-    def run(self, feeds):
+    def run(self, feeds, outputs=None):
         disp, moved = [], []
         for image in feeds["moving"]:
             (pair,) = [i for i, each in enumerate(self.case.moving) if np.array_equal(each, image)]

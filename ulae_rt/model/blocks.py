@@ -4,6 +4,7 @@ Features travel as channels_last_3d: with it torch's CPU convolutions run up to 
 and in bf16 up to five times (bench/NOTES.md).
 """
 
+from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple, cast
 
@@ -56,10 +57,30 @@ class ConvBlock(nn.Sequential):
         With ``skip``, of what :func:`ulae_rt.kernels.upsample_concat` makes of the two. Made here,
         it is freed before the normalisation takes as much memory; an argument would not be.
         """
+        weight: Tensor = cast(nn.Conv3d, self[0]).weight
         if skip is not None:
-            x = upsample_concat(x, skip)
-        x = conv3d(x, cast(nn.Conv3d, self[0]).weight, stride=self.stride, padding=1)
+            # Weights at rest are filled up already, see ulae_rt.model.program.
+            multiple = channel_multiple(x.dtype, x.device.type)
+            width = -(-weight.shape[1] // multiple) * multiple
+            x = upsample_concat(x, skip, width=width)
+            weight = padded_input(weight, width)
+        x = conv3d(x, weight, stride=self.stride, padding=1)
         return norm_activate(x)
+
+
+def channel_multiple(dtype: torch.dtype, device: str) -> int:
+    """What the channels of a concatenation are best a multiple of, on ``cpu`` or ``cuda``.
+
+    A tensor core's convolution reads eight channels of half precision at a time: of 18 channels
+    (dc6) cuDNN copies or takes a slower kernel, of 24 it does not.
+    """
+    return 8 if device == "cuda" and dtype in (torch.float16, torch.bfloat16) else 1
+
+
+def padded_input(weight: Tensor, channels: int) -> Tensor:
+    """(out, in, ...) with zeros for further inputs, up to ``channels`` of them."""
+    more = channels - weight.shape[1]
+    return F.pad(weight, [0] * 6 + [0, more]) if more else weight
 
 
 class FoldedWeights(NamedTuple):
@@ -68,7 +89,7 @@ class FoldedWeights(NamedTuple):
     Attributes:
         bias: (out,), all biases together.
         fixed: (out, out, 1, 1, 1), applied to the fixed path's features.
-        mean: (out, in, 1, 1, 1), applied to the mean of the input over the volume.
+        mean: (out, in), applied to the mean of the input over the volume.
         dilated: dilation to (out, in, 3, 3, 3), applied to the input with stride 2.
     """
 
@@ -76,6 +97,20 @@ class FoldedWeights(NamedTuple):
     fixed: Tensor
     mean: Tensor
     dilated: dict[int, Tensor]
+
+
+class FixedLevel(NamedTuple):
+    """One level of the fixed path, which is the same in every step.
+
+    Attributes:
+        features: (B, out, D, H, W) of the path itself.
+        term: the same shape; what the moving block of this level adds of them.
+        weights: of that moving block.
+    """
+
+    features: Tensor
+    term: Tensor
+    weights: FoldedWeights
 
 
 class MovingBlock(nn.Module):
@@ -118,33 +153,46 @@ class MovingBlock(nn.Module):
         for factor, kernel in enumerate(dilated, start=1):
             dilation = factor * self.dilation
             kernels[dilation] = kernels[dilation] + kernel if dilation in kernels else kernel
-        return FoldedWeights(bias, mix_y[:, :, None, None, None], pooled, kernels)
+        return FoldedWeights(bias, mix_y[:, :, None, None, None], pooled.flatten(1), kernels)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """(B, in, D, H, W) and the fixed path's (B, out, D/2, H/2, W/2) to the latter's shape."""
+    def fixed_level(self, features: Tensor) -> FixedLevel:
+        """What every step has of the fixed path's features (B, out, D/2, H/2, W/2)."""
         weights = self.folded()
-        mean = x.mean(dim=(2, 3, 4), keepdim=True, dtype=weights.mean.dtype)
-        # In place: a convolution's gradient does not need its result.
-        out = conv3d(y, weights.fixed, weights.bias)
+        return FixedLevel(features, conv3d(features, weights.fixed), weights)
+
+    def forward(self, x: Tensor, fixed: FixedLevel) -> Tensor:
+        """(B, in, D, H, W) and the fixed path's level, to the shape of its features."""
+        weights = fixed.weights
+        mean = x.mean(dim=(2, 3, 4), dtype=weights.mean.dtype)
+        constant = torch.addmm(weights.bias, mean, weights.mean.t()).to(fixed.term.dtype)
         # As long as a row of voxels: torch adds a vector of channels alone one by one.
-        row = conv3d(mean, weights.mean).to(out.dtype).expand(-1, -1, -1, -1, out.shape[4])
-        out += row.contiguous(memory_format=torch.channels_last_3d)
+        row = constant[:, :, None, None, None].expand(-1, -1, -1, -1, fixed.term.shape[4])
+        out = fixed.term + row.contiguous(memory_format=torch.channels_last_3d)
+        # In place: a convolution's gradient does not need its result.
         if x.shape[1] == 1 and _launch.arranged_for_cpu(x, *weights.dilated.values()):
             _add_gathered_conv3d(out, x, weights.dilated)
         else:
-            for dilation, kernel in weights.dilated.items():
-                out += _strided_conv3d(x, kernel, dilation)
+            for term in strided_convolutions(x, weights.dilated):
+                out += term
         return F.leaky_relu_(out, NEGATIVE_SLOPE)
 
 
-def _strided_conv3d(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    """3x3x3 convolution with stride 2 and padding equal to the dilation."""
-    if dilation % 2 == 0:
-        # Every tap then falls on an even voxel: an undilated-by-two convolution of those alone.
-        x = x[:, :, ::2, ::2, ::2].contiguous(memory_format=torch.channels_last_3d)
-        half = dilation // 2
-        return conv3d(x, weight, padding=half, dilation=half)
-    return conv3d(x, weight, stride=2, padding=dilation, dilation=dilation)
+def strided_convolutions(x: Tensor, kernels: dict[int, Tensor]) -> Iterator[Tensor]:
+    """3x3x3 convolutions with stride 2 and padding equal to the dilation, one a dilation.
+
+    Args:
+        x: (B, in, D, H, W) features.
+        kernels: dilation to (out, in, 3, 3, 3).
+    """
+    even = None
+    for dilation, kernel in kernels.items():
+        if dilation % 2:
+            yield conv3d(x, kernel, stride=2, padding=dilation, dilation=dilation)
+            continue
+        if even is None:
+            even = x[:, :, ::2, ::2, ::2].contiguous(memory_format=torch.channels_last_3d)
+        # Every tap falls on an even voxel: half the dilation, of those alone.
+        yield conv3d(even, kernel, padding=dilation // 2, dilation=dilation // 2)
 
 
 # Slices of the result whose taps are gathered at a time.
@@ -152,7 +200,7 @@ _SLAB = 8
 
 
 def _add_gathered_conv3d(out: Tensor, x: Tensor, kernels: dict[int, Tensor]) -> None:
-    """Add what :func:`_strided_conv3d` makes of one channel, for all dilations at once.
+    """Add what :func:`strided_convolutions` makes of one channel, all dilations at once.
 
     The taps become the rows of one matrix product: of an image of one channel torch's dilated
     convolutions take four times as long (80x96x80 voxels out, bf16, two cores).

@@ -12,6 +12,7 @@ from ulae_rt.errors import DtypeError, ShapeError, UsageError
 from ulae_rt.kernels import compose, resize_displacement, warp, warp_compose
 from ulae_rt.model.blocks import (
     ConvBlock,
+    FixedLevel,
     MovingBlock,
     as_features,
     conv3d,
@@ -65,23 +66,26 @@ class UncoupledEncoder(nn.Module):
             self.add_module(f"mec{level}", MovingBlock(before, after, dilation=5 - level))
             self.add_module(f"fusion{level}", ConvBlock(2 * after, after))
 
-    def fixed_features(self, fixed: Tensor) -> list[Tensor]:
+    def fixed_levels(self, fixed: Tensor) -> list[FixedLevel]:
         """The fixed path's four levels, the same in every step."""
-        features = [fixed]
+        levels = []
+        x = fixed
         for level in range(1, 5):
-            features.append(self.get_submodule(f"fec{level}")(features[-1]))
-        return features[1:]
+            x = self.get_submodule(f"fec{level}")(x)
+            levels.append(cast(MovingBlock, self.get_submodule(f"mec{level}")).fixed_level(x))
+        return levels
 
     def forward(
-        self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor], finest: int
+        self, moving: Tensor, fixed: Tensor, fixed_levels: list[FixedLevel], finest: int
     ) -> dict[int, Tensor]:
         """Fused features of levels ``finest`` to 4 (a coarse step never reads the finer ones)."""
         fused = {}
         x = moving
-        for level, y in enumerate(fixed_features, start=1):
-            x = self.get_submodule(f"mec{level}")(x, y)
+        for level, fixed_level in enumerate(fixed_levels, start=1):
+            x = self.get_submodule(f"mec{level}")(x, fixed_level)
             if level >= finest:
-                fused[level] = self.get_submodule(f"fusion{level}")(torch.cat((x, y), dim=1))
+                both = torch.cat((x, fixed_level.features), dim=1)
+                fused[level] = self.get_submodule(f"fusion{level}")(both)
         return fused
 
 
@@ -94,12 +98,12 @@ class CoupledEncoder(nn.Module):
         for level, (before, after) in enumerate(((2, c), (c, c2), (c2, c2), (c2, c2)), start=1):
             self.add_module(f"ec{level}", ConvBlock(before, after, stride=2))
 
-    def fixed_features(self, fixed: Tensor) -> list[Tensor]:
+    def fixed_levels(self, fixed: Tensor) -> list[FixedLevel]:
         """Nothing is shared between steps here."""
         return []
 
     def forward(
-        self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor], finest: int
+        self, moving: Tensor, fixed: Tensor, fixed_levels: list[FixedLevel], finest: int
     ) -> dict[int, Tensor]:
         """Features of levels ``finest`` to 4."""
         x = torch.cat((moving, fixed), dim=1)
@@ -224,6 +228,11 @@ class UlaeNet(nn.Module):
         disp = self._accumulate(moving, fixed, full_steps=False)[1][-1]
         return Prediction(crop(warp(moving, disp)), crop(disp))
 
+    def displacement(self, moving: Tensor, fixed: Tensor) -> Tensor:
+        """Register: the displacement of :meth:`predict`, and no moved image."""
+        crop, moving, fixed = self._padded(moving, fixed)
+        return crop(self._accumulate(moving, fixed, full_steps=False)[1][-1])
+
     def _accumulate(
         self, moving: Tensor, fixed: Tensor, *, full_steps: bool
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -233,7 +242,12 @@ class UlaeNet(nn.Module):
         then brings it to the full grid on the fly.
         """
         dtype = self.feature_dtype or moving.dtype
-        fixed_features = self.encoder.fixed_features(as_features(fixed, dtype))
+        pooled = {STEPS: as_features(fixed, dtype)}
+        small = fixed
+        for step in reversed(self.used_steps[:-1]):
+            small = F.avg_pool3d(small, 2)
+            pooled[step] = as_features(small, dtype)
+        shared = _Shared(pooled, self.encoder.fixed_levels(pooled[STEPS]))
         steps: list[Tensor] = []
         accumulated: list[Tensor] = []
         progressive: list[Tensor] = []
@@ -242,11 +256,10 @@ class UlaeNet(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing here is random; reading a generator's state would break a CUDA graph.
                 phi = checkpoint(
-                    self._step, step, image, fixed, fixed_features, dtype,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
+                    self._step, step, image, shared, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                phi = self._step(step, image, fixed, fixed_features, dtype)
+                phi = self._step(step, image, shared)
             factor = _STEP_FACTORS[step - 1]
             if full_steps or not accumulated:  # the first is also what the second is composed with
                 phi, factor = resize_displacement(phi, factor), 1
@@ -264,23 +277,18 @@ class UlaeNet(nn.Module):
                 progressive.append(image)
         return steps, accumulated, progressive
 
-    def _step(
-        self,
-        step: int,
-        moving: Tensor,
-        fixed: Tensor,
-        fixed_features: list[Tensor],
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def _step(self, step: int, moving: Tensor, shared: "_Shared") -> Tensor:
         """One displacement at its step's resolution, in the type of the inputs."""
-        fused = self.encoder(
-            as_features(moving, dtype), as_features(fixed, dtype), fixed_features, finest=4 - step
-        )
-        pair = torch.cat((moving, fixed), dim=1)
+        fixed = shared.pooled[STEPS]
+        image = as_features(moving, fixed.dtype)
+        fused = self.encoder(image, fixed, shared.levels, finest=4 - step)
+        small = moving
         for _ in range(STEPS - step):
-            pair = F.avg_pool3d(pair, 2)
+            small = F.avg_pool3d(small, 2)
+        small = image if step == STEPS else as_features(small, fixed.dtype)
+        pair = as_features(torch.cat((small, shared.pooled[step]), dim=1), fixed.dtype)
         decoder = self.decoders[str(step) if self.variant == "release" else str(STEPS)]
-        features = decoder(fused, as_features(pair, dtype), step)
+        features = decoder(fused, pair, step)
         # A coarse displacement is multiplied and moves many voxels, so half precision would show;
         # the finest adds a voxel or two, and its rounding is lost in that of its features.
         if step != STEPS:
@@ -311,6 +319,18 @@ class UlaeNet(nn.Module):
             )
         crop = _Crop(tuple(moving.shape[2:]))
         return crop, crop.pad(moving), crop.pad(fixed)
+
+
+class _Shared(NamedTuple):
+    """What the steps have in common.
+
+    Attributes:
+        pooled: step to the fixed image as features, at the resolution of the step.
+        levels: of the encoder's fixed path.
+    """
+
+    pooled: dict[int, Tensor]
+    levels: list[FixedLevel]
 
 
 class _Crop:
