@@ -95,7 +95,7 @@ def _without_other_outputs(module: Any, kept: Sequence[int]) -> Any:
     import torch
 
     graph = torch.fx.Graph()
-    outputs = graph.graph_copy(module.graph, {})
+    outputs: Any = graph.graph_copy(module.graph, {})
     graph.output(tuple(outputs[number] for number in kept))
     graph.eliminate_dead_code()
     return torch.fx.GraphModule(module, graph)

@@ -50,7 +50,7 @@ def validate(
     for moving, fixed in pairs:
         images = [load_scan(path, pool)[None].to(device) for path in (moving, fixed)]
         with exact_convolutions():  # as register does
-            disp = upsample_displacement(model.predict(*images).disp, pool)
+            disp = upsample_displacement(model.displacement(*images), pool)
         source, target = load_labels(moving), load_labels(fixed)
         moved = carry_labels(source, disp)
         folded = jacobian_determinant(disp)[0] <= 0
