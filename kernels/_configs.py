@@ -48,9 +48,18 @@ class Line:
 
 
 # The first line that fits is taken; the last of each kernel has no condition.
+# Slices to go through, and the rows and columns of each: four, because of two neighbouring slices
+# that a voxel lies between one then comes from L1, for all but the first.
 # Rows of 32 lanes: one 128-byte access a warp for float32, and no waste at widths of 160 and 192.
 # The interpreter pays by the statement, not by the lane: few and large programs.
 _SAMPLING = (
+    Line(LaunchConfig(tile=(4, 32, 32), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(4, 8, 16), warps=4), width_at_most=16),
+    Line(LaunchConfig(tile=(4, 4, 32), warps=4)),
+)
+# One slice: a loop over more costs the registers of a third of the warps, and it is the atomics
+# that these kernels wait for.
+_SCATTERING = (
     Line(LaunchConfig(tile=(32, 32), warps=1), archs=(0,)),
     Line(LaunchConfig(tile=(8, 16), warps=4), width_at_most=16),
     Line(LaunchConfig(tile=(4, 32), warps=4)),
@@ -93,7 +102,7 @@ _MARCH = (
     Line(LaunchConfig(tile=(32, 128), warps=4)),
 )
 TABLE: dict[str, tuple[Line, ...]] = {
-    "compose_backward": _SAMPLING,
+    "compose_backward": _SCATTERING,
     "compose_forward": _SAMPLING,
     "diffusion": _COLUMNS,
     "diffusion_sum": _SUMS,
@@ -107,12 +116,13 @@ TABLE: dict[str, tuple[Line, ...]] = {
     "resize_forward": _SAMPLING,
     "upsample_concat_backward": _GATHERED,
     "upsample_concat_forward": _UPSAMPLED,
-    "warp_backward": _SAMPLING,
-    "warp_compose_backward": _SAMPLING,
+    "warp_backward": _SCATTERING,
+    "warp_compose_backward": _SCATTERING,
     "warp_compose_forward": _SAMPLING,
-    # Two voxels a lane: 124 instructions a voxel in place of 144, twice the loads in flight, and
-    # still 32 registers, so that nothing is lost in warps.
-    "warp_forward": (*_SAMPLING[:2], Line(LaunchConfig(tile=(8, 32), warps=4))),
+    # Two voxels a lane, side by side where the width is a multiple of 16: 102 instructions a voxel
+    # in place of 127, and 64 bits an access to what is not sampled. 40 registers leave room for
+    # 48 warps, whose 288 voxels' loads are half as many again as the memory's latency asks for.
+    "warp_forward": (*_SAMPLING[:2], Line(LaunchConfig(tile=(4, 8, 32), warps=4))),
 }
 
 

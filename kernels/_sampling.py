@@ -1,8 +1,9 @@
 """Triton pieces of every kernel that samples a volume at displaced points.
 
-A program computes a tile of rows and columns of one slice, one lane a voxel, rows of consecutive
-lanes: neighbouring lanes then sample neighbouring points, and the eight corners of a warp's points
-come from a few cache lines. Sampling points never exist in memory.
+A program goes through a few slices with a tile of rows and columns, rows of consecutive lanes:
+neighbouring lanes then sample neighbouring points, the eight corners of a warp's points come from a
+few cache lines, and of the two slices that a point lies between one is still in L1 from the slice
+before. Sampling points never exist in memory.
 
 Offsets within a volume are 32-bit unless the volume needs more; the start of a volume is a 64-bit
 scalar. Lanes whose point is outside are masked, and a NaN or infinite coordinate counts as outside
@@ -15,31 +16,42 @@ import triton.language as tl
 from torch import Tensor
 
 from ulae_rt.kernels import _launch
-from ulae_rt.kernels._configs import LaunchConfig
 
 
 @triton.jit
-def tile_of(
-    D, H, W, BATCHED: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr
-):
-    """Batch index, slice, and each lane's row, column and mask, (TILE_H TILE_W,) of this program.
+def slices_of(D, BATCHED: tl.constexpr, TILE_D: tl.constexpr, WIDE: tl.constexpr):
+    """Batch index of this program, its first slice and the one after its last.
 
     The grid has three axes because a division of the program's number would cost every warp more
-    than its eight corners do. The tile has one, because Triton 3.6 lays two out in one order for
-    what is read in rows and in another for the corners, and carries every value across.
+    than its eight corners do.
     """
-    d = tl.program_id(0)
+    first = tl.program_id(0)
+    b = tl.cast(0, tl.int64)
+    if BATCHED:
+        deep = tl.cdiv(D, TILE_D)
+        b = (first // deep).to(tl.int64)
+        first = first % deep
+    first *= TILE_D
+    end = tl.minimum(first + TILE_D, D)
+    if WIDE:
+        first = first.to(tl.int64)
+        end = end.to(tl.int64)
+    return b, first, end
+
+
+@triton.jit
+def tile_of(H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr):
+    """Each lane's row, column and mask, (TILE_H TILE_W,) of this program.
+
+    The tile has one axis, because Triton 3.6 lays two out in one order for what is read in rows and
+    in another for the corners, and carries every value across.
+    """
     lane = tl.arange(0, TILE_H * TILE_W)
     w = tl.program_id(1) * TILE_W + lane % TILE_W
     h = tl.program_id(2) * TILE_H + lane // TILE_W
-    b = tl.cast(0, tl.int64)
-    if BATCHED:
-        b = (d // D).to(tl.int64)
-        d = d % D
     if WIDE:
-        d = d.to(tl.int64)
         h = h.to(tl.int64)
-    return b, d, h, w, (h < H) & (w < W)
+    return h, w, (h < H) & (w < W)
 
 
 @triton.jit
@@ -49,7 +61,7 @@ def volume_size(D, H, W):
 
 
 @triton.jit
-def coarse_axis(index, size, FACTOR: tl.constexpr, ACC: tl.constexpr):
+def coarse_axis(index, size, FACTOR: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr):
     """Where fine voxel ``index`` lies between ``size`` coarse ones, align_corners=True.
 
     The lower neighbour and the weight of the upper, which is the lower plus one; an axis of one
@@ -61,8 +73,8 @@ def coarse_axis(index, size, FACTOR: tl.constexpr, ACC: tl.constexpr):
     inverse = 1.0 / fine
     step = coarse * inverse
     step += tl.fma(-step, fine, coarse) * inverse
-    position = index.to(ACC) * step
-    lower = tl.minimum(position.to(index.dtype), tl.maximum(size - 2, 0))
+    position = tl.cast(index, ACC) * step  # what a loop counts is an int to the interpreter
+    lower = tl.minimum(position.to(tl.int64 if WIDE else tl.int32), tl.maximum(size - 2, 0))
     return lower, position - lower.to(ACC)
 
 
@@ -94,7 +106,9 @@ def _upsampled(ptr, t, up, W, HW, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def displacement(ptr, b, d, h, w, D, H, W, mask, FACTOR: tl.constexpr, ACC: tl.constexpr):
+def displacement(
+    ptr, b, d, h, w, D, H, W, mask, FACTOR: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr
+):
     """The three components at fine voxels, from a field at 1 / FACTOR resolution.
 
     A coarse field is in coarse voxels: it is multiplied by FACTOR and resized trilinearly with
@@ -108,9 +122,9 @@ def displacement(ptr, b, d, h, w, D, H, W, mask, FACTOR: tl.constexpr, ACC: tl.c
         height = H // FACTOR
         width = W // FACTOR
         voxels = volume_size(depth, height, width)
-        on_d, t_d = coarse_axis(d, depth, FACTOR, ACC)
-        on_h, t_h = coarse_axis(h, height, FACTOR, ACC)
-        on_w, t_w = coarse_axis(w, width, FACTOR, ACC)
+        on_d, t_d = coarse_axis(d, depth, FACTOR, ACC, WIDE)
+        on_h, t_h = coarse_axis(h, height, FACTOR, ACC, WIDE)
+        on_w, t_w = coarse_axis(w, width, FACTOR, ACC, WIDE)
         start = ptr + b * 3 * voxels + ((on_d * height + on_h) * width + on_w)
         t = (t_d, t_h, t_w)
         up = (depth > 1, height > 1, width > 1)
@@ -131,7 +145,7 @@ def _axis(position, size, BORDER: tl.constexpr, INDEX: tl.constexpr, UNSIGNED: t
     moves with the position (with a border it does not beyond it, and as in grid_sample not at it).
     """
     number = position == position  # not so for NaN
-    last = (size - 1).to(position.dtype)
+    last = tl.cast(size - 1, position.dtype)  # a size of 1 is a constant
     moves = (position > 0) & (position < last)
     if BORDER:
         position = tl.where(number, tl.minimum(tl.maximum(position, 0.0), last), 0.0)
@@ -157,7 +171,7 @@ def cell(d, h, w, u, D, H, W, BORDER: tl.constexpr, ACC: tl.constexpr, WIDE: tl.
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     UNSIGNED: tl.constexpr = tl.uint64 if WIDE else tl.uint32
     return (
-        _axis(d.to(ACC) + u[0], D, BORDER, INDEX, UNSIGNED),
+        _axis(tl.cast(d, ACC) + u[0], D, BORDER, INDEX, UNSIGNED),
         _axis(h.to(ACC) + u[1], H, BORDER, INDEX, UNSIGNED),
         _axis(w.to(ACC) + u[2], W, BORDER, INDEX, UNSIGNED),
     )
@@ -329,18 +343,19 @@ def store_components(ptr, values, voxels, mask):
 
 @triton.jit
 def load_components(ptr, voxels, mask, ACC: tl.constexpr):
-    """Three components, one volume each."""
+    """Three components, one volume each, past L1: it keeps what is sampled, and will be again."""
     return (
-        tl.load(ptr, mask=mask, other=0.0).to(ACC),
-        tl.load(ptr + voxels, mask=mask, other=0.0).to(ACC),
-        tl.load(ptr + 2 * voxels, mask=mask, other=0.0).to(ACC),
+        tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg").to(ACC),
+        tl.load(ptr + voxels, mask=mask, other=0.0, cache_modifier=".cg").to(ACC),
+        tl.load(ptr + 2 * voxels, mask=mask, other=0.0, cache_modifier=".cg").to(ACC),
     )
 
 
-def tile_grid(shape: torch.Size, config: LaunchConfig) -> tuple[int, int, int]:
+def tile_grid(shape: torch.Size, tile: tuple[int, ...]) -> tuple[int, int, int]:
     """Programs for a (B, C, D, H, W) volume; only the first axis may be longer than 65,535."""
     B, _, D, H, W = shape
-    return B * D, triton.cdiv(W, config.tile[1]), triton.cdiv(H, config.tile[0])
+    deep, down, across = tile
+    return B * triton.cdiv(D, deep), triton.cdiv(W, across), triton.cdiv(H, down)
 
 
 class ScatteredSums:

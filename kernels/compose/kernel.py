@@ -15,6 +15,7 @@ from ulae_rt.kernels._sampling import (
     displacement,
     load_components,
     scatter,
+    slices_of,
     store_components,
     tile_grid,
     tile_of,
@@ -23,30 +24,33 @@ from ulae_rt.kernels._sampling import (
 from ulae_rt.kernels.resize.kernel import DisplacementGradient
 
 
-@triton.jit(do_not_specialize=["D", "H", "W"])
+@triton.jit(do_not_specialize=["D", "H"])
 def _compose_forward_kernel(
     a_ptr, b_ptr, out_ptr, D, H, W,
     FACTOR: tl.constexpr, BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
-    u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
-    cells = cell(d, h, w, u, D, H, W, False, ACC, WIDE)
+    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     voxels = volume_size(D, H, W)
     start = b * 3 * voxels
-    out = composed(a_ptr + start, cells, u, voxels, H, W, mask, ACC)
-    store_components(out_ptr + start + ((d * H + h) * W + w), out, voxels, mask)
+    for d in range(first, end):
+        u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
+        cells = cell(d, h, w, u, D, H, W, False, ACC, WIDE)
+        out = composed(a_ptr + start, cells, u, voxels, H, W, mask, ACC)
+        store_components(out_ptr + start + ((d * H + h) * W + w), out, voxels, mask)
 
 
-@triton.jit(do_not_specialize=["D", "H", "W"])
+@triton.jit(do_not_specialize=["D", "H"])
 def _compose_backward_kernel(
     grad_ptr, a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, scale_ptr, D, H, W,
     FACTOR: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FIXED: tl.constexpr,
     BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
-    u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
+    b, d, _ = slices_of(D, BATCHED, 1, WIDE)
+    h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
+    u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
     cells = cell(d, h, w, u, D, H, W, False, ACC, WIDE)
     voxels = volume_size(D, H, W)
     start = b * 3 * voxels
@@ -71,11 +75,12 @@ def launch_forward(disp_a: Tensor, disp_b: Tensor, *, factor: int) -> Tensor:
     D, H, W = disp_a.shape[2:]
     config = launch_config("compose_forward", W, disp_a.dtype, _launch.architecture(disp_a))
     with torch.cuda.device_of(disp_a):
-        _compose_forward_kernel[tile_grid(disp_a.shape, config)](
+        _compose_forward_kernel[tile_grid(disp_a.shape, config.tile)](
             disp_a, disp_b, out, D, H, W,
             FACTOR=factor, BATCHED=disp_a.shape[0] > 1, ACC=_launch.compute_type(disp_a, disp_b),
             WIDE=_launch.wide_index(D * H * W),
-            TILE_H=config.tile[0], TILE_W=config.tile[1], num_warps=config.warps,
+            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
+            num_warps=config.warps,
         )  # fmt: skip
     return out
 
@@ -90,7 +95,7 @@ def launch_backward(
     by_b = DisplacementGradient(disp_b, factor, disp_a) if need_b else None
     config = launch_config("compose_backward", W, disp_a.dtype, _launch.architecture(disp_a))
     with torch.cuda.device_of(disp_a):
-        _compose_backward_kernel[tile_grid(disp_a.shape, config)](
+        _compose_backward_kernel[tile_grid(disp_a.shape, (1, *config.tile))](
             grad, disp_a, disp_b,
             sums.total if sums else grad, by_b.full if by_b else grad,
             sums.scale if sums else grad, D, H, W,

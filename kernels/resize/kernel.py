@@ -12,6 +12,7 @@ from ulae_rt.kernels._configs import launch_config
 from ulae_rt.kernels._sampling import (
     coarse_axis,
     displacement,
+    slices_of,
     store_components,
     tile_grid,
     tile_of,
@@ -19,22 +20,25 @@ from ulae_rt.kernels._sampling import (
 )
 
 
-@triton.jit(do_not_specialize=["D", "H", "W"])
+@triton.jit(do_not_specialize=["D", "H"])
 def _resize_forward_kernel(
     disp_ptr, out_ptr, D, H, W,
     FACTOR: tl.constexpr, BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
-    u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
+    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     voxels = volume_size(D, H, W)
-    store_components(out_ptr + b * 3 * voxels + ((d * H + h) * W + w), u, voxels, mask)
+    start = b * 3 * voxels
+    for d in range(first, end):
+        u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
+        store_components(out_ptr + start + ((d * H + h) * W + w), u, voxels, mask)
 
 
 @triton.jit
-def _weight(fine, coarse, size, FACTOR: tl.constexpr, ACC: tl.constexpr):
+def _weight(fine, coarse, size, FACTOR: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr):
     """What fine voxel ``fine`` took of coarse voxel ``coarse``."""
-    lower, t = coarse_axis(fine, size, FACTOR, ACC)
+    lower, t = coarse_axis(fine, size, FACTOR, ACC, WIDE)
     return tl.where(lower == coarse, 1 - t, tl.where(lower + 1 == coarse, t, 0.0))
 
 
@@ -66,7 +70,7 @@ def _resize_backward_kernel(
         z = first + i
         inside = mask & (z >= 0) & (z < fine)
         grad = tl.load(fine_ptr + (base + z * inner), mask=inside, other=0.0).to(ACC)
-        total_grad += _weight(z, coarse, size, FACTOR, ACC) * grad
+        total_grad += _weight(z, coarse, size, FACTOR, ACC, WIDE) * grad
     tl.store(coarse_ptr + at, scale * total_grad, mask=mask)
 
 
@@ -78,11 +82,12 @@ def launch_forward(disp: Tensor, *, factor: int) -> Tensor:
     D, H, W = shape[2:]
     config = launch_config("resize_forward", W, disp.dtype, _launch.architecture(disp))
     with torch.cuda.device_of(disp):
-        _resize_forward_kernel[tile_grid(shape, config)](
+        _resize_forward_kernel[tile_grid(shape, config.tile)](
             disp, out, D, H, W,
             FACTOR=factor, BATCHED=shape[0] > 1, ACC=_launch.compute_type(disp),
             WIDE=_launch.wide_index(D * H * W),
-            TILE_H=config.tile[0], TILE_W=config.tile[1], num_warps=config.warps,
+            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
+            num_warps=config.warps,
         )  # fmt: skip
     return out
 

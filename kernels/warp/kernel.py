@@ -17,6 +17,7 @@ from ulae_rt.kernels._sampling import (
     nearest_value,
     scatter,
     scatter_nearest,
+    slices_of,
     store_components,
     tile_grid,
     tile_of,
@@ -25,35 +26,40 @@ from ulae_rt.kernels._sampling import (
 from ulae_rt.kernels.resize.kernel import DisplacementGradient
 
 
-@triton.jit(do_not_specialize=["D", "H", "W"])
+@triton.jit(do_not_specialize=["D", "H"])
 def _warp_forward_kernel(
     image_ptr, disp_ptr, out_ptr, C, D, H, W,
     FACTOR: tl.constexpr, BATCHED: tl.constexpr, BORDER: tl.constexpr, NEAREST: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
+    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
-    u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
-    cells = cell(d, h, w, u, D, H, W, BORDER, ACC, WIDE)
+    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     voxels = volume_size(D, H, W)
-    at = (d * H + h) * W + w
-    for c in range(C):
-        start = (b * C + c) * voxels
-        if NEAREST:
-            value = nearest_value(image_ptr + start, cells, H, W, mask)
-        else:
-            value = interpolate(corners(image_ptr + start, cells, H, W, mask, BORDER, ACC), cells)
-        tl.store(out_ptr + start + at, value, mask=mask)
+    for d in range(first, end):
+        u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
+        cells = cell(d, h, w, u, D, H, W, BORDER, ACC, WIDE)
+        at = (d * H + h) * W + w
+        for c in range(C):
+            start = (b * C + c) * voxels
+            if NEAREST:
+                value = nearest_value(image_ptr + start, cells, H, W, mask)
+            else:
+                v = corners(image_ptr + start, cells, H, W, mask, BORDER, ACC)
+                value = interpolate(v, cells)
+            tl.store(out_ptr + start + at, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["D", "H", "W"])
+@triton.jit(do_not_specialize=["D", "H"])
 def _warp_backward_kernel(
     grad_ptr, image_ptr, disp_ptr, grad_image_ptr, grad_disp_ptr, scale_ptr, C, D, H, W,
     FACTOR: tl.constexpr, BATCHED: tl.constexpr, BORDER: tl.constexpr, NEAREST: tl.constexpr,
     IMAGE: tl.constexpr, DISP: tl.constexpr, FIXED: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
-    u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
+    b, d, _ = slices_of(D, BATCHED, 1, WIDE)
+    h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
+    u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
     cells = cell(d, h, w, u, D, H, W, BORDER, ACC, WIDE)
     voxels = volume_size(D, H, W)
     at = (d * H + h) * W + w
@@ -81,12 +87,13 @@ def launch_forward(image: Tensor, disp: Tensor, *, padding: str, mode: str, fact
     C, D, H, W = image.shape[1:]
     config = launch_config("warp_forward", W, image.dtype, _launch.architecture(image))
     with torch.cuda.device_of(image):
-        _warp_forward_kernel[tile_grid(image.shape, config)](
+        _warp_forward_kernel[tile_grid(image.shape, config.tile)](
             image, disp, out, C, D, H, W,
             FACTOR=factor, BORDER=padding == "border", NEAREST=mode == "nearest",
             BATCHED=image.shape[0] > 1,
             ACC=_launch.compute_type(image, disp), WIDE=_launch.wide_index(D * H * W),
-            TILE_H=config.tile[0], TILE_W=config.tile[1], num_warps=config.warps,
+            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
+            num_warps=config.warps,
         )  # fmt: skip
     return out
 
@@ -112,7 +119,7 @@ def launch_backward(
     by_disp = DisplacementGradient(disp, factor, image) if need_disp else None
     config = launch_config("warp_backward", W, image.dtype, _launch.architecture(image))
     with torch.cuda.device_of(image):
-        _warp_backward_kernel[tile_grid(image.shape, config)](
+        _warp_backward_kernel[tile_grid(image.shape, (1, *config.tile))](
             grad, image, disp,
             sums.total if sums else grad, by_disp.full if by_disp else grad,
             sums.scale if sums else grad, C, D, H, W,

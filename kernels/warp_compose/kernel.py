@@ -17,6 +17,7 @@ from ulae_rt.kernels._sampling import (
     interpolate,
     load_components,
     scatter,
+    slices_of,
     store_components,
     tile_grid,
     tile_of,
@@ -25,27 +26,29 @@ from ulae_rt.kernels._sampling import (
 from ulae_rt.kernels.resize.kernel import DisplacementGradient
 
 
-@triton.jit(do_not_specialize=["D", "H", "W"])
+@triton.jit(do_not_specialize=["D", "H"])
 def _warp_compose_forward_kernel(
     image_ptr, a_ptr, b_ptr, warped_ptr, out_ptr, C, D, H, W,
     FACTOR: tl.constexpr, BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
-    u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
-    cells = cell(d, h, w, u, D, H, W, False, ACC, WIDE)
+    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     voxels = volume_size(D, H, W)
-    at = (d * H + h) * W + w
-    for c in range(C):
-        volume = (b * C + c) * voxels
-        value = interpolate(corners(image_ptr + volume, cells, H, W, mask, False, ACC), cells)
-        tl.store(warped_ptr + volume + at, value, mask=mask)
     start = b * 3 * voxels
-    out = composed(a_ptr + start, cells, u, voxels, H, W, mask, ACC)
-    store_components(out_ptr + start + at, out, voxels, mask)
+    for d in range(first, end):
+        u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
+        cells = cell(d, h, w, u, D, H, W, False, ACC, WIDE)
+        at = (d * H + h) * W + w
+        for c in range(C):
+            volume = (b * C + c) * voxels
+            value = interpolate(corners(image_ptr + volume, cells, H, W, mask, False, ACC), cells)
+            tl.store(warped_ptr + volume + at, value, mask=mask)
+        out = composed(a_ptr + start, cells, u, voxels, H, W, mask, ACC)
+        store_components(out_ptr + start + at, out, voxels, mask)
 
 
-@triton.jit(do_not_specialize=["D", "H", "W"])
+@triton.jit(do_not_specialize=["D", "H"])
 def _warp_compose_backward_kernel(
     grad_warped_ptr, grad_out_ptr, image_ptr, a_ptr, b_ptr,
     grad_image_ptr, grad_a_ptr, grad_b_ptr, image_scale_ptr, a_scale_ptr, C, D, H, W,
@@ -53,8 +56,9 @@ def _warp_compose_backward_kernel(
     FIXED: tl.constexpr, BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, h, w, mask = tile_of(D, H, W, BATCHED, TILE_H, TILE_W, WIDE)
-    u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC)
+    b, d, _ = slices_of(D, BATCHED, 1, WIDE)
+    h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
+    u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
     cells = cell(d, h, w, u, D, H, W, False, ACC, WIDE)
     voxels = volume_size(D, H, W)
     start = b * 3 * voxels
@@ -90,12 +94,13 @@ def launch_forward(
     C, D, H, W = image.shape[1:]
     config = launch_config("warp_compose_forward", W, disp_a.dtype, _launch.architecture(image))
     with torch.cuda.device_of(image):
-        _warp_compose_forward_kernel[tile_grid(image.shape, config)](
+        _warp_compose_forward_kernel[tile_grid(image.shape, config.tile)](
             image, disp_a, disp_b, warped, out, C, D, H, W,
             FACTOR=factor, BATCHED=image.shape[0] > 1,
             ACC=_launch.compute_type(image, disp_a, disp_b),
             WIDE=_launch.wide_index(D * H * W),
-            TILE_H=config.tile[0], TILE_W=config.tile[1], num_warps=config.warps,
+            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
+            num_warps=config.warps,
         )  # fmt: skip
     return warped, out
 
@@ -119,7 +124,7 @@ def launch_backward(
     by_b = DisplacementGradient(disp_b, factor, image) if needs[2] else None
     config = launch_config("warp_compose_backward", W, disp_a.dtype, _launch.architecture(image))
     with torch.cuda.device_of(image):
-        _warp_compose_backward_kernel[tile_grid(image.shape, config)](
+        _warp_compose_backward_kernel[tile_grid(image.shape, (1, *config.tile))](
             grad_warped, grad_out, image, disp_a, disp_b,
             by_image.total if by_image else image, by_a.total if by_a else image,
             by_b.full if by_b else image,

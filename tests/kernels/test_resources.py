@@ -91,13 +91,55 @@ def test_sampling_hands_no_tile_to_other_threads(rows: list[Resources]) -> None:
 
 @needs_triton
 @pytest.mark.slow
-def test_lanes_read_single_voxels(rows: list[Resources]) -> None:
+def test_lanes_read_neighbours_at_once_and_corners_one_by_one(rows: list[Resources]) -> None:
     found = [row for row in rows if (row.kernel, row.case) == ("_warp_forward_kernel", "warp")]
     assert {row.arch for row in found} == set(ARCHITECTURES)
     for row in found:
-        voxels = math.prod(row.tile) // (32 * row.warps)
-        # Eight corners and three components of the displacement.
-        assert (row.loads, row.stores) == ({32: 11 * voxels}, {32: voxels})
+        voxels = math.prod(row.tile[1:]) // (32 * row.warps)
+        # Eight corners of each voxel, and three components of the displacement of two.
+        assert voxels == 2
+        assert (row.loads, row.stores) == ({32: 8 * voxels, 64: 3}, {64: 1})
+
+
+WIDTHS = """
+import torch
+from functools import partial
+from ulae_rt import kernels
+from ulae_rt.kernels import resources
+
+def cases():
+    for width in (1, 2, 3, 16):
+        image, disp, coarse = torch.empty(1, 1, 2, 4, width), torch.empty(1, 3, 2, 4, width), \
+            torch.empty(1, 3, 1, 2, (width + 1) // 2)
+        for padding in ("zeros", "border"):
+            warp = partial(kernels.warp, padding=padding)
+            yield resources.Case(f"warp {padding} {width}", warp, (image, disp))
+        nearest = partial(kernels.warp, mode="nearest")
+        yield resources.Case(f"nearest {width}", nearest, (image, disp), needs=(True, False))
+        yield resources.Case(f"compose {width}", kernels.compose, (disp, disp))
+        yield resources.Case(f"warp_compose {width}", kernels.warp_compose, (image, disp, disp))
+        if width % 2 == 0:
+            warp = partial(kernels.warp, factor=2)
+            yield resources.Case(f"coarse {width}", warp, (image, coarse))
+            resize = partial(kernels.resize_displacement, factor=2)
+            yield resources.Case(f"resize {width}", resize, (coarse,))
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_widths_of_every_kind_compile(tmp_path: Path) -> None:
+    """A width of 1 is a constant to a kernel that is told of widths divisible by 16."""
+    (tmp_path / "widths.py").write_text(WIDTHS)
+    program = (
+        "import widths, json; from dataclasses import asdict; from ulae_rt.kernels import resources;"
+        "print(json.dumps([asdict(row) for row in resources.measure(90, widths.cases)]))"
+    )
+    done = compiling("-c", program, path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cases = {row.case for row in parsed(done.stdout)}
+    assert {"warp zeros 1", "warp zeros 2", "warp zeros 16"} <= cases
+    assert "warp zeros 3" not in cases  # the form of 2
 
 
 # The guards can fail
