@@ -41,6 +41,18 @@ def parsed(text: str) -> list[Resources]:
     return [Resources(**row) for row in rows]
 
 
+def compiled(source: str, path: Path) -> list[Resources]:
+    """What becomes of the ``cases()`` of ``source`` on sm_90."""
+    (path / "some.py").write_text(source)
+    program = (
+        "import json, some; from dataclasses import asdict; from ulae_rt.kernels import resources;"
+        "print(json.dumps([asdict(row) for row in resources.measure(90, some.cases)]))"
+    )
+    done = compiling("-c", program, path=path)
+    assert done.returncode == 0, done.stderr
+    return parsed(done.stdout)
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[Resources]:
     done = compiling("-m", "ulae_rt.kernels.resources", "--json")
@@ -130,14 +142,7 @@ def cases():
 @pytest.mark.slow
 def test_widths_of_every_kind_compile(tmp_path: Path) -> None:
     """A width of 1 is a constant to a kernel that is told of widths divisible by 16."""
-    (tmp_path / "widths.py").write_text(WIDTHS)
-    program = (
-        "import widths, json; from dataclasses import asdict; from ulae_rt.kernels import resources;"
-        "print(json.dumps([asdict(row) for row in resources.measure(90, widths.cases)]))"
-    )
-    done = compiling("-c", program, path=tmp_path)
-    assert done.returncode == 0, done.stderr
-    cases = {row.case for row in parsed(done.stdout)}
+    cases = {row.case for row in compiled(WIDTHS, tmp_path)}
     assert {"warp zeros 1", "warp zeros 2", "warp zeros 16"} <= cases
     assert "warp zeros 3" not in cases  # the form of 2
 
@@ -168,7 +173,7 @@ def waiting(memory):
     _waiting_kernel[(1,)](memory, counts, TILE=128, num_warps=4)
     return memory.detach()
 
-def bad_cases():
+def cases():
     memory = torch.empty(2**13)
     yield resources.Case("greedy", greedy, (memory,))
     yield resources.Case("waiting", waiting, (memory,))
@@ -177,14 +182,7 @@ def bad_cases():
 
 @needs_triton
 def test_a_spill_and_an_atomic_that_waits_are_found(tmp_path: Path) -> None:
-    (tmp_path / "bad.py").write_text(BAD)
-    program = (
-        "import bad, json; from dataclasses import asdict; from ulae_rt.kernels import resources;"
-        "print(json.dumps([asdict(row) for row in resources.measure(90, bad.bad_cases)]))"
-    )
-    done = compiling("-c", program, path=tmp_path)
-    assert done.returncode == 0, done.stderr
-    greedy, waiting = parsed(done.stdout)
+    greedy, waiting = compiled(BAD, tmp_path)
     assert greedy.spilled
     assert greedy.stack
     assert greedy.local
