@@ -8,6 +8,7 @@ other. Conventions: :mod:`ulae_rt.conventions`.
 from ulae_rt.kernels.compose.op import compose
 from ulae_rt.kernels.diffusion.op import diffusion, diffusion_with_gradient
 from ulae_rt.kernels.lncc.op import lncc, multi_window_lncc, weighted_lncc
+from ulae_rt.kernels.moving_block.op import moving_block
 from ulae_rt.kernels.norm_activate.op import norm_activate
 from ulae_rt.kernels.resize.op import resize_displacement
 from ulae_rt.kernels.upsample_concat.op import upsample_concat
@@ -19,6 +20,7 @@ __all__ = [
     "diffusion",
     "diffusion_with_gradient",
     "lncc",
+    "moving_block",
     "multi_window_lncc",
     "norm_activate",
     "resize_displacement",

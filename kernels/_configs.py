@@ -101,6 +101,24 @@ _MARCH = (
     Line(LaunchConfig(tile=(8, 1024), warps=1), archs=(0,)),
     Line(LaunchConfig(tile=(32, 128), warps=4)),
 )
+# Parts that the taps are dealt out to, and elements: channels of as many voxels as there is room
+# for. 20x24x20 voxels of 32 channels are 75 tiles of 128, too few for a GPU: there short tiles, and
+# a warp a part. Wider types fill more of the shared memory. In the interpreter a narrow grid has
+# parts too, so that the tests see them.
+_PRODUCT = (
+    Line(LaunchConfig(tile=(4, 1024), warps=1), width_at_most=3, archs=(0,)),
+    Line(LaunchConfig(tile=(1, 4096), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(1, 2048), warps=4), itemsize=8),
+    Line(LaunchConfig(tile=(1, 4096), warps=4), itemsize=4),
+    Line(LaunchConfig(tile=(4, 1024), warps=4), width_at_most=20),
+    Line(LaunchConfig(tile=(1, 4096), warps=4)),
+)
+# Voxels, of which a thread gathers the taps.
+_GATHERED_TAPS = (
+    Line(LaunchConfig(tile=(1024,), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(256,), warps=4), itemsize=2),
+    Line(LaunchConfig(tile=(128,), warps=4)),
+)
 TABLE: dict[str, tuple[Line, ...]] = {
     "compose_backward": _SCATTERING,
     "compose_forward": _SAMPLING,
@@ -110,6 +128,8 @@ TABLE: dict[str, tuple[Line, ...]] = {
     "lncc_planes": _MARCH,
     "lncc_score": _MARCH,
     "lncc_spread_planes": _MARCH,
+    "moving_block": _PRODUCT,
+    "moving_block_narrow": _GATHERED_TAPS,
     "norm_activate": _ROWS,
     "norm_activate_merge": _SUMS,
     "resize_backward": _FLAT,

@@ -125,8 +125,8 @@ def _volume(channels: int, dtype: torch.dtype = torch.float32, factor: int = 1) 
     return torch.empty(1, channels, *(size // factor for size in GRID), dtype=dtype)
 
 
-def _features(channels: int, factor: int = 1) -> Tensor:
-    volume = _volume(channels, torch.bfloat16, factor)
+def _features(channels: int, factor: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    volume = _volume(channels, dtype, factor)
     return torch.empty_like(volume, memory_format=torch.channels_last_3d)
 
 
@@ -160,6 +160,7 @@ def cases() -> Iterator[Case]:
     yield Case("upsample_concat, bf16", kernels.upsample_concat, (narrow, pair))
     padded = partial(kernels.upsample_concat, width=24)
     yield Case("upsample_concat, bf16, 24 wide", padded, (narrow, pair))
+    yield from _moving_blocks()
     # A sampling kernel is the same for every factor above 1, but for a constant.
     coarse = _volume(3, factor=2)
     yield Case("warp, factor 2", partial(kernels.warp, factor=2), (image, coarse))
@@ -170,8 +171,25 @@ def cases() -> Iterator[Case]:
         yield Case(f"resize, factor {factor}", resize, (_volume(3, factor=factor),))
 
 
+def _moving_blocks() -> Iterator[Case]:
+    """The network's four, each with its dilations; the first two in single precision as well."""
+    blocks = ((1, 16, 4), (16, 32, 3), (32, 32, 2), (32, 32, 1))
+    for dtype, levels in ((torch.bfloat16, 4), (torch.float32, 2)):
+        for level, (before, after, base) in enumerate(blocks[:levels]):
+            dilations = tuple(dict.fromkeys((1, base, 2 * base, 3 * base)))
+            inputs = (
+                _features(before, 2**level, dtype),
+                _features(after, 2 ** (level + 1), dtype),
+                torch.empty(1, after),
+                torch.empty(len(dilations), after, before, 3, 3, 3, dtype=dtype),
+            )
+            name = "bf16" if dtype == torch.bfloat16 else "fp32"
+            call = partial(kernels.moving_block, dilations=dilations)
+            yield Case(f"moving_block {level + 1}, {name}", call, inputs, needs=(False,) * 4)
+
+
 # How kernels name the sizes of what a program computes.
-_TILE = ("TILE", "ROWS", "VOXELS", "CHANNELS")
+_TILE = ("TILE", "ROWS", "PARTS", "VOXELS", "CHANNELS")
 
 
 class _Driver:

@@ -45,7 +45,10 @@ def run(
     choice: str,
     device: torch.device,
 ) -> list[Tensor]:
-    """Outputs and then the gradients of a fixed random functional of them, on the CPU."""
+    """Outputs and then the gradients of a fixed random functional of them, on the CPU.
+
+    Without gradients where ``needs`` says of every input that it needs none.
+    """
     needs = [True] * len(inputs) if needs is None else needs
     leaves = [
         x.detach().to(device).requires_grad_(need) for x, need in zip(inputs, needs, strict=True)
@@ -53,11 +56,12 @@ def run(
     with implementation(choice):
         outputs = op(*leaves)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        grads = [
-            torch.randn(out.shape, generator=generator(7), dtype=torch.float64).to(out)
-            for out in outputs
-        ]
-        torch.autograd.backward(outputs, grads)
+        if any(needs):
+            grads = [
+                torch.randn(out.shape, generator=generator(7), dtype=torch.float64).to(out)
+                for out in outputs
+            ]
+            torch.autograd.backward(outputs, grads)
     gradients = [x.grad for x, need in zip(leaves, needs, strict=True) if need]
     return [x.detach().cpu() for x in (*outputs, *gradients) if x is not None]
 

@@ -1,0 +1,1 @@
+"""The op ``moving_block``."""
