@@ -36,6 +36,7 @@ GRID = (160, 192, 160)
 LEGEND = """\
 stack: bytes of local memory a thread (spilled registers); local: instructions that access it
 shared: bytes a program; conv: tiles that change hands between threads (layout conversions)
+mma: instructions of the tensor cores
 loads, stores: instructions on global memory x bits a thread moves with one
 red, atom: atomics without and with a result to wait for"""
 
@@ -92,6 +93,7 @@ class Resources:
         local: instructions that access local memory.
         shared: bytes a program.
         conversions: tiles that Triton hands from threads to other threads.
+        products: instructions of the tensor cores.
         loads: instructions that read global memory, by the bits a thread reads at once.
         stores: the same for writes.
         reductions: atomics without a result.
@@ -109,6 +111,7 @@ class Resources:
     local: int
     shared: int
     conversions: int
+    products: int
     loads: dict[int, int]
     stores: dict[int, int]
     reductions: int
@@ -274,6 +277,8 @@ def _figures(compiled: Any) -> dict[str, Any]:
         "local": others["LDL"] + others["STL"],
         "shared": compiled.metadata.shared,
         "conversions": compiled.asm["ttgir"].count("ttg.convert_layout"),
+        # HMMA, HGMMA, UTCHMMA, ...: a name for each generation and type.
+        "products": sum(count for name, count in others.items() if name.endswith("MMA")),
         "loads": dict(sorted(loads.items())),
         "stores": dict(sorted(stores.items())),
         "reductions": others["RED"] + others["REDG"],
@@ -344,7 +349,7 @@ def table(rows: Sequence[Resources]) -> str:
         archs.setdefault(_columns(row), []).append(str(row.arch))
     titles = (
         "kernel", "case", "pass", "sm", "tile", "warps", "regs", "stack", "local", "shared", "conv",
-        "loads", "stores", "red", "atom",
+        "mma", "loads", "stores", "red", "atom",
     )  # fmt: skip
     lines = [titles] + [(*key[:3], " ".join(value), *key[3:]) for key, value in archs.items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -358,6 +363,7 @@ def _columns(row: Resources) -> tuple[str, ...]:
     """The table's cells, without the architecture."""
     numbers = (
         row.warps, row.registers, row.stack, row.local, row.shared, row.conversions,
+        row.products,
     )  # fmt: skip
     return (
         row.kernel.strip("_").removesuffix("_kernel"),

@@ -147,6 +147,17 @@ def test_widths_of_every_kind_compile(tmp_path: Path) -> None:
     assert "warp zeros 3" not in cases  # the form of 2
 
 
+@needs_triton
+@pytest.mark.slow
+def test_tensor_cores_multiply_half_precision_alone(rows: list[Resources]) -> None:
+    """They would round single precision to TF32, which keeps 10 bits of 23."""
+    found = [row for row in rows if row.case.startswith("moving_block")]
+    for precision in ("bf16", "fp32"):
+        products = [row.products for row in found if row.case.endswith(precision)]
+        assert len(products) >= len(ARCHITECTURES)
+        assert all(products) if precision == "bf16" else not any(products)
+
+
 # The guards can fail
 
 BAD = """
@@ -198,7 +209,7 @@ def row(**changes: object) -> Resources:
     values: dict[str, object] = {
         "kernel": "_warp_forward_kernel", "case": "warp", "forward": True, "arch": 80,
         "tile": (4, 32), "warps": 4, "registers": 25, "stack": 0, "local": 0,
-        "shared": 0, "conversions": 0,
+        "shared": 0, "conversions": 0, "products": 0,
         "loads": {16: 8, 32: 3}, "stores": {16: 1}, "reductions": 0, "atomics": 0,
     }  # fmt: skip
     return Resources(**{**values, **changes})  # type: ignore[arg-type]
@@ -209,12 +220,12 @@ def test_architectures_that_agree_share_a_line() -> None:
     text = resources.table([row(), other, row(arch=86), row(arch=90, registers=30)])
     title, *lines = [" ".join(line.split()) for line in text.splitlines()]
     assert title == (
-        "kernel case pass sm tile warps regs stack local shared conv loads stores red atom"
+        "kernel case pass sm tile warps regs stack local shared conv mma loads stores red atom"
     )
     assert lines == [
-        "warp_forward warp forward 80 86 4x32 4 25 0 0 0 0 8x16 3x32 1x16 0 0",
-        "warp_forward warp forward 90 4x32 4 30 0 0 0 0 8x16 3x32 1x16 0 0",
-        "warp_backward warp backward 80 4x32 4 40 0 0 0 0 8x16 3x32 - 0 0",
+        "warp_forward warp forward 80 86 4x32 4 25 0 0 0 0 0 8x16 3x32 1x16 0 0",
+        "warp_forward warp forward 90 4x32 4 30 0 0 0 0 0 8x16 3x32 1x16 0 0",
+        "warp_backward warp backward 80 4x32 4 40 0 0 0 0 0 8x16 3x32 - 0 0",
     ]
     starts = {line.index("4x32") for line in text.splitlines()[1:]}
     assert starts == {text.splitlines()[0].index("tile")}
