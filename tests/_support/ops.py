@@ -1,7 +1,8 @@
 """Every op as a call on tensors of any size, for whatever asks the same of all of them.
 
 The tests that need a GPU and the benchmarks go through :data:`OPS`; so does a test that runs each
-once on the CPU, where the rest of them cannot run.
+once on the CPU, where the rest of them cannot run. Ops without a gradient are apart, in
+:data:`INFERENCE_OPS`.
 """
 
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class OpCase:
     """An op with its options, and inputs for it.
 
     Attributes:
-        call: tensors to one tensor or several, all differentiable.
+        call: tensors to one tensor or several, all differentiable (:data:`OPS`) or none.
         make: (sizes, seed, device) to float32 inputs; ``sizes`` is the full grid.
         kinked: whether inputs may lie beside a kink, where gradients of two correct computations
             differ in single voxels.
@@ -120,6 +121,30 @@ def _two_of_features(sizes: Sizes, seed: int, device: torch.device) -> list[Tens
     return [small, _features(2, sizes, seed + 1, device)]
 
 
+def _block(
+    channels: tuple[int, int], branches: int, factor: int, sizes: Sizes, seed: int,
+    device: torch.device,
+) -> list[Tensor]:  # fmt: skip
+    """Features at 1 / ``factor`` of the grid and what a block adds; results of order 1."""
+    before, after = channels
+    x = _features(before, coarse(sizes, factor), seed, device)
+    halves = tuple((size + 1) // 2 for size in x.shape[2:])
+    kernels = torch.randn(branches, after, before, 3, 3, 3, generator=generator(seed + 1))
+    return [
+        x,
+        _features(after, halves, seed + 2, device),
+        torch.randn(1, after, generator=generator(seed + 3)).to(device),
+        kernels.to(device) * (27 * before * branches) ** -0.5,
+    ]
+
+
+def _moving_block(dilations: tuple[int, ...], *tensors: Tensor) -> Tensor:
+    x, fixed_term, mean_term, weights = tensors
+    # Every other case has one type; here one term is never of half precision.
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return kernels.moving_block(x, fixed_term, mean_term.to(exact), weights, dilations)
+
+
 def weighted_total(x: Tensor, y: Tensor) -> Tensor:
     """The result of ``weighted_lncc`` that has a gradient."""
     return kernels.weighted_lncc(x, y, WINDOWS, WEIGHTS)[0]
@@ -150,6 +175,18 @@ OPS = {
     "diffusion": OpCase(kernels.diffusion, _field),
     "norm_activate": OpCase(kernels.norm_activate, _one_of_features, kinked=True),
     "upsample_concat": OpCase(kernels.upsample_concat, _two_of_features),
+}
+
+
+# The blocks of the network's first three levels: the fourth is as the third.
+INFERENCE_OPS = {
+    "moving_block of an image": OpCase(
+        partial(_moving_block, (1, 4, 8, 12)), partial(_block, (1, 16), 4, 1)
+    ),
+    "moving_block": OpCase(partial(_moving_block, (1, 3, 6, 9)), partial(_block, (16, 32), 4, 2)),
+    "moving_block in parts": OpCase(
+        partial(_moving_block, (1, 2, 4, 6)), partial(_block, (32, 32), 4, 4)
+    ),
 }
 
 

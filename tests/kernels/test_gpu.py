@@ -21,6 +21,7 @@ from torch import Tensor
 from _support.kernels import deterministic, implementation
 from _support.nets import small_net
 from _support.ops import (
+    INFERENCE_OPS,
     OPS,
     WINDOWS,
     OpCase,
@@ -35,6 +36,7 @@ from ulae_rt.kernels import (
     compose,
     diffusion,
     diffusion_with_gradient,
+    moving_block,
     multi_window_lncc,
     norm_activate,
     resize_displacement,
@@ -52,6 +54,7 @@ ANOTHER_ORDER = 2e-5
 
 gpu = pytest.mark.gpu
 every_op = pytest.mark.parametrize("name", OPS)
+every_inference_op = pytest.mark.parametrize("name", INFERENCE_OPS)
 
 
 @contextmanager
@@ -531,6 +534,161 @@ def test_memory_ceiling_of_one_gradient() -> None:
     assert peak <= 9.1 * volume
 
 
+# Operations without a gradient
+
+
+def check_values(case: OpCase, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
+    """RMS error at most 1.1 times the reference's in the same type, the largest at most 2.2 times.
+
+    Beside that one rounding of the largest value: in half precision the reference's single one.
+    """
+    inputs = [x.to(dtype) for x in case.make(sizes, 1, device)]
+    with implementation("reference"), without_tf32():
+        truth = outputs_of(case.call(*(x.double() for x in inputs)))
+        eager = outputs_of(case.call(*inputs))
+    with implementation("triton"):
+        found = outputs_of(case.call(*inputs))
+    for actual, plain, expected in zip(found, eager, truth, strict=True):
+        assert (actual.dtype, actual.shape) == (plain.dtype, plain.shape)
+        error, allowed = ((x.double() - expected).abs() for x in (actual, plain))
+        rounding = torch.finfo(dtype).eps * float(expected.abs().max())
+        rms, allowed_rms = (float(x.square().mean().sqrt()) for x in (error, allowed))
+        print(f"RMS {rms:.2e}, reference {allowed_rms:.2e}; largest {float(error.max()):.2e}")
+        assert rms <= 1.1 * allowed_rms + rounding
+        assert float(error.max()) <= 2.2 * float(allowed.max()) + rounding
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_inference_op
+def test_inference_at_real_size_against_float64(name: str, dtype: torch.dtype) -> None:
+    check_values(INFERENCE_OPS[name], FULL_SHAPE, CUDA, dtype)
+
+
+def check_inference_again(case: OpCase, sizes: Sizes, device: torch.device, times: int) -> None:
+    inputs = case.make(sizes, 1, device)
+    with implementation("triton"):
+        first = outputs_of(case.call(*inputs))
+        for _ in range(times - 1):
+            assert_same(outputs_of(case.call(*inputs)), first, "again")
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            assert_same(outputs_of(case.call(*inputs)), first, "under autocast")
+
+
+@gpu
+@every_inference_op
+def test_inference_has_the_same_bits_every_time(name: str) -> None:
+    check_inference_again(INFERENCE_OPS[name], FULL_SHAPE, CUDA, times=10)
+
+
+@gpu
+@every_inference_op
+def test_inference_on_a_side_stream_without_waiting(name: str) -> None:
+    case = INFERENCE_OPS[name]
+    inputs, fresh = (case.make(MEDIUM, seed, CUDA) for seed in (1, 11))
+    expected = outputs_of(case.call(*fresh))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000_000)
+            for x, y in zip(inputs, fresh, strict=True):
+                x.copy_(y)
+            found = outputs_of(case.call(*inputs))
+            waited = stream.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert not waited, "the host waited for the device"
+    assert_same(found, expected, "on a side stream")
+
+
+@gpu
+@every_inference_op
+def test_inference_on_the_second_device(name: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    case, second = INFERENCE_OPS[name], torch.device("cuda", 1)
+    inputs = case.make(MEDIUM, 1, CUDA)
+    with torch.cuda.device(0):
+        expected = outputs_of(case.call(*inputs))
+        found = outputs_of(case.call(*(x.to(second) for x in inputs)))
+    assert all(x.device == second for x in found)
+    assert_same([x.cpu() for x in found], [x.cpu() for x in expected], "on the second device")
+
+
+@gpu
+@every_inference_op
+def test_inference_in_a_captured_graph(name: str) -> None:
+    case = INFERENCE_OPS[name]
+    inputs = case.make(MEDIUM, 1, CUDA)
+    case.call(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = outputs_of(case.call(*inputs))
+    for seed in (21, 31):
+        fresh = case.make(MEDIUM, seed, CUDA)
+        for x, y in zip(inputs, fresh, strict=True):
+            x.copy_(y)
+        graph.replay()
+        assert_same(found, outputs_of(case.call(*fresh)), "replayed")
+
+
+@gpu
+@every_inference_op
+def test_inference_takes_no_memory_but_its_result(name: str) -> None:
+    case = INFERENCE_OPS[name]
+    inputs = case.make(FULL_SHAPE, 1, CUDA)
+    size = sum(x.numel() * x.element_size() for x in outputs_of(case.call(*inputs)))
+    peak, kept = peak_and_kept(lambda: case.call(*inputs))
+    small = 4 * inputs[3].numel() * inputs[3].element_size() + 2**22  # the weights' own order
+    assert kept <= size + 2**22
+    assert peak <= size + small
+
+
+def check_block(
+    shape: tuple[int, ...], channels: int, dilations: tuple[int, ...], device: torch.device
+) -> None:
+    """The end of a batch of volumes, where offsets are largest, against those voxels alone."""
+    B, C, *sizes = shape
+    halves = [(size + 1) // 2 for size in sizes]
+    slices = 2 * max(dilations)  # of the result, which are two of x: half of them see no cut
+    # Made a slice at a time: no second copy of what takes gigabytes.
+    x = torch.empty(B, *sizes, C, dtype=torch.float16, device=device).permute(0, 4, 1, 2, 3)
+    term = torch.empty(B, *halves, channels, dtype=torch.float16, device=device)
+    term = term.permute(0, 4, 1, 2, 3)
+    for tensor in (x, term):
+        for part in tensor.unbind(2):
+            part.copy_(torch.rand(part.shape, device=device) - 0.5)
+    mean_term = torch.zeros(B, channels, device=device)
+    weights = torch.randn(len(dilations), channels, C, 3, 3, 3, generator=torch.Generator())
+    weights = weights.to(device, torch.float16) * 0.1
+    with implementation("triton"):
+        found = moving_block(x, term, mean_term, weights, dilations)
+        ends = [x[-1:, :, -2 * slices :].contiguous(), term[-1:, :, -slices:].contiguous()]
+        alone = moving_block(*ends, mean_term[-1:], weights, dilations)
+    inner = (slice(None), slice(None), slice(-(slices // 2), None))
+    assert torch.equal(found[-1:][inner], alone[inner]), "the end differs"
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [
+        ((1, 1, 1292, 1290, 1290), 4),
+        ((1, 16, 514, 512, 512), 32),
+        ((440, 1, *FULL_SHAPE), 4),
+        ((219, 16, 80, 96, 80), 32),
+    ],
+    ids=str,
+)
+def test_moving_block_beyond_32_bits(shape: tuple[int, ...], channels: int) -> None:
+    need_memory(16)
+    check_block(shape, channels, (1, 2, 4), CUDA)
+
+
 # Compilers and types
 
 
@@ -646,10 +804,13 @@ EVERY_OP_ONCE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from _support.ops import OPS, forward_backward
+from _support.ops import INFERENCE_OPS, OPS, forward_backward
 for sizes in ((4, 8, 12), (8, 20, 36)):
     for name, case in OPS.items():
         forward_backward(case.call, case.make(sizes, 1, torch.device(sys.argv[2])))
+        print(name, sizes, flush=True)
+    for name, case in INFERENCE_OPS.items():
+        case.call(*case.make(sizes, 1, torch.device(sys.argv[2])))
         print(name, sizes, flush=True)
 """
 
@@ -703,4 +864,10 @@ def test_the_checks_themselves(triton_device: torch.device) -> None:
     check_resize((3, 4, 5), triton_device)
     check_diffusion((12, 4, 5), triton_device)
     check_norm((10, 4, 5), triton_device)
+    for case in INFERENCE_OPS.values():
+        check_values(case, TINY, triton_device, torch.float32)
+        check_values(case, TINY, triton_device, torch.bfloat16)
+        check_inference_again(case, TINY, triton_device, times=2)
+    check_block((2, 1, 20, 3, 4), 3, (1, 2), triton_device)
+    check_block((1, 4, 20, 3, 4), 3, (1, 2), triton_device)
     check_autocast(OPS["diffusion"], TINY, triton_device)
