@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.checkout import commit
 from harness.evidence import Evidence
 
 LOG = "log.txt"
@@ -69,12 +70,18 @@ def main() -> int:
     ]
     if not chosen:
         parser.error(f"no such stage; there are {', '.join(stage.name for stage in STAGES)}")
+    try:
+        source, changed = commit()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     # The stage in hand ends too; a command in the background of a shell would not see Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     arguments.out.mkdir(parents=True, exist_ok=True)
     run = Evidence(arguments.out, "run")
-    run.add("begun", small=arguments.small, stages=[stage.name for stage in chosen])
+    names = [stage.name for stage in chosen]
+    run.add("begun", small=arguments.small, stages=names, commit=source, dirty=changed)
     for stage in chosen:
         run_stage(stage, arguments.out, arguments.small)
     run.add("ended")

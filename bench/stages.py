@@ -60,8 +60,7 @@ class Setting:
 
 def facts(evidence: Evidence, setting: Setting) -> None:
     """What this machine is, and its ceilings."""
-    commit, dirty = machine.commit()
-    evidence.add("machine", **machine.facts(), commit=commit, dirty=dirty)
+    evidence.add("machine", **machine.facts())
     evidence.add("versions", **machine.versions())
     evidence.add("copy", bytes_per_second=gpu_timing.copy_bandwidth(setting.device))
     for name, rate in machine.ceilings(setting.device)[1].items():

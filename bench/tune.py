@@ -18,7 +18,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from harness import machine
-from harness.record import RESULTS
+from harness.checkout import commit
+from harness.files import write_whole
+from harness.record import results_folder
 from ulae_rt import kernels
 from ulae_rt.kernels import _configs
 from ulae_rt.kernels._configs import TABLE, LaunchConfig, Line, launch_config
@@ -227,14 +228,27 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return ranked[0]
 
 
-def record(results: dict[str, Any]) -> Path:
-    """Write every candidate's samples, and what they were measured on."""
-    facts, (commit, dirty) = machine.facts(), machine.commit()
-    today = datetime.date.today().isoformat()
-    path = RESULTS / f"tune-{facts['name']}-{today}-{commit}{'-dirty' * dirty}.json"
-    content = {"machine": facts, "versions": machine.versions(), "kernels": results}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
+class TuneRecord:
+    """The file of a run: every candidate's samples, the proposals, and the machine.
+
+    Args:
+        source: `harness.checkout.commit`'s.
+    """
+
+    def __init__(self, source: tuple[str, bool]) -> None:
+        commit, dirty = source
+        facts = machine.facts()
+        today = datetime.date.today().isoformat()
+        name = f"tune-{facts['name']}-{today}-{commit}{'-dirty' * dirty}.json"
+        self.path = results_folder() / name
+        self.kernels: dict[str, list[dict[str, Any]]] = {}
+        self.proposals: list[str] = []
+        self._about = {"machine": facts, "versions": machine.versions()}
+
+    def write(self) -> None:
+        """Write what is known, after every kernel: a run that is killed loses the one in hand."""
+        content = {**self._about, "kernels": self.kernels, "proposals": self.proposals}
+        write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
 
 def main() -> int:
@@ -256,7 +270,12 @@ def main() -> int:
     if not arguments.dry_run:
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
-    proposals, results = [], {}
+    try:
+        source = commit()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    record = None if arguments.dry_run else TuneRecord(source)
     for grid in GRIDS:
         title = "x".join(map(str, grid))
         found = jobs(grid, "meta" if arguments.dry_run else "cuda")
@@ -265,20 +284,22 @@ def main() -> int:
             current = launch_config(kernel, grid[2], job.dtype, arch)
             tried = candidates(current, arguments.steps)
             print(f"{kernel}, {title}, sm_{arch}: {len(tried)} configurations", flush=True)
-            if arguments.dry_run:
+            if record is None:
                 print(*(f"  {line(config, grid, job.dtype.itemsize, arch)}" for config in tried),
                       sep="\n")  # fmt: skip
                 continue
-            rows = results[f"{kernel} {title}"] = tune(kernel, job, tried, arguments.rounds)
+            rows = record.kernels[f"{kernel} {title}"] = tune(kernel, job, tried, arguments.rounds)
             best = report(rows)
             gain = rows[0]["median_cold"] / best["median_cold"]
             if gain >= WORTH:
                 config = LaunchConfig(best["tile"], best["warps"])
                 text = line(config, grid, job.dtype.itemsize, arch)
-                proposals.append(f'"{kernel}": {text}  # {gain:.2f} times as fast')
-    if not arguments.dry_run:
-        print("\nto paste before the lines that are there:", *(proposals or ["nothing"]), sep="\n")
-        print(record(results))
+                record.proposals.append(f'"{kernel}": {text}  # {gain:.2f} times as fast')
+            record.write()
+    if record is not None:
+        print("\nto paste before the lines that are there:", *(record.proposals or ["nothing"]),
+              sep="\n")  # fmt: skip
+        print(record.path)
     return 0
 
 

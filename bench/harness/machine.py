@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from harness.gpu_timing import copy_bandwidth, seconds_of
-from harness.record import ROOT
 
 PACKAGES = (
     "torch", "triton", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt",
@@ -89,17 +88,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def commit() -> tuple[str, bool]:
-    """Short hash of the checkout, and whether files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git on this machine
-        return "unknown", False
-    said = run.stdout.strip() or "unknown"
-    return said.removesuffix("-dirty"), said.endswith("-dirty")
 
 
 def ceilings(device: torch.device) -> tuple[float, dict[str, float]]:

@@ -5,6 +5,7 @@ import datetime
 import importlib
 import shlex
 import sys
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 
 from harness import machine
 from harness.case import Case, LeftOut, Outcome, Setting
-from harness.record import RESULTS, ROOT, CaseRecord, Record
+from harness.checkout import commit
+from harness.record import RESULTS, ROOT, CaseRecord, Record, results_folder
 from harness.runner import Runner
 from report.make import write_report
 
@@ -39,7 +41,13 @@ class Benchmarks:
             "cuda" if torch.cuda.is_available() else "cpu",
         )
         minutes = config.getoption("benchmark_minutes") or MINUTES[setting.device]
-        self.runner = Runner(setting, 60 * minutes, self._tell)
+        self.runner = Runner(setting, 60 * minutes, self._tell, self._write_record)
+        try:
+            self._commit = commit()
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+        self._path: Path | None = None
+        self._earlier: Record | None = None
         self._written: list[Path] = []
 
     def _tell(self, line: str) -> None:
@@ -72,29 +80,43 @@ class Benchmarks:
         self, config: pytest.Config, machine_info: dict[str, Any]
     ) -> None:
         """pytest-benchmark's own files know the processor only."""
-        machine_info["ulae_rt"] = machine.facts() | {"versions": machine.versions()}
+        machine_info["ulae_rt"] = {**self._machine, "versions": self._versions}
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write what was measured, also of a run that was stopped in the middle."""
+        """Write the report of what was measured, also of a run that was stopped in the middle."""
         if not self.runner.measured:
             return
-        folder = SMALL_RESULTS if self.runner.setting.small else RESULTS
-        folder.mkdir(parents=True, exist_ok=True)
-        record = self._record()
-        path = folder / f"{record.stem}.json"
-        with contextlib.suppress(OSError, ValueError):  # none is there yet, or it is damaged
-            record = record.with_earlier(Record.read(path))
-        record.write(path)
+        path = self._write_record()
         self._written = [path, *write_report(path)]
 
+    def _write_record(self) -> Path:
+        """Write what has been measured so far; where it lies."""
+        record = self._record()
+        if self._path is None:
+            usual = SMALL_RESULTS if self.runner.setting.small else RESULTS
+            self._path = results_folder(usual) / f"{record.stem}.json"
+            with contextlib.suppress(OSError, ValueError):  # none is there yet, or it is damaged
+                self._earlier = Record.read(self._path)
+        if self._earlier is not None:
+            record = record.with_earlier(self._earlier)
+        record.write(self._path)
+        return self._path
+
+    @cached_property
+    def _machine(self) -> dict[str, Any]:
+        return machine.facts()
+
+    @cached_property
+    def _versions(self) -> dict[str, str | None]:
+        return machine.versions()
+
     def _record(self) -> Record:
-        commit, dirty = machine.commit()
         return Record(
-            machine=machine.facts(),
-            versions=machine.versions(),
+            machine=self._machine,
+            versions=self._versions,
             started=self._started.isoformat(timespec="seconds"),
-            commit=commit,
-            dirty=dirty,
+            commit=self._commit[0],
+            dirty=self._commit[1],
             command=shlex.join(["pytest", *sys.argv[1:]]),
             small=self.runner.setting.small,
             seconds=self.runner.spent,
@@ -118,7 +140,8 @@ class Benchmarks:
         for name, why in self.runner.left_out.items():
             terminalreporter.write_line(f"{name}: left out: {why}")
         for path in self._written:
-            terminalreporter.write_line(f"written: {path.relative_to(ROOT)}")
+            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            terminalreporter.write_line(f"written: {shown}")
 
 
 def _line(name: str, outcome: Outcome, base: Outcome | None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from harness.case import Case, Measured, Outcome, Sizes
+from harness.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -115,11 +116,9 @@ class Record:
         )
 
     def write(self, path: Path) -> None:
-        """Write it, beside first."""
+        """Write it, whole or not at all."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, default=list)
-        hidden = path.with_name(f".{path.name}.part")
-        hidden.write_text(text + "\n", encoding="utf-8")
-        os.replace(hidden, path)
+        write_whole(path, text + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -136,6 +135,16 @@ class Record:
             return cls(cases=cases, **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no record of 'pytest --benchmark': {error!r}") from None
+
+
+def results_folder(usual: Path = RESULTS) -> Path:
+    """Where records go: the folder that ``ULAE_RT_EVIDENCE`` names, or the usual one.
+
+    Of a machine that is lent for minutes one folder comes back, and it lies outside the checkout.
+    """
+    folder = Path(os.environ.get("ULAE_RT_EVIDENCE") or usual)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def all_records(folder: Path = RESULTS) -> list[Record]:

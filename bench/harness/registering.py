@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Self
 
-from harness.machine import commit, facts
+from harness.checkout import commit
+from harness.files import write_whole
+from harness.machine import facts
 from harness.record import RESULTS, ROOT
 from ulae_rt import env
 from ulae_rt.batching.results import read_results
@@ -152,8 +153,8 @@ def measure(
     if earlier is not None:
         evidence, cases = _with_earlier(evidence, cases, earlier)
     stem = RESULTS / f"{kind}-{evidence.stem}"
-    _write(stem.with_name(f"{stem.name}.json"), evidence.to_json())
-    _write(stem.with_name(f"{stem.name}.csv"), cases)
+    write_whole(stem.with_name(f"{stem.name}.json"), evidence.to_json())
+    write_whole(stem.with_name(f"{stem.name}.csv"), cases)
     shutil.copyfile(report / "table.md", stem.with_name(f"{stem.name}.md"))
     for suffix in ("json", "csv", "md"):
         print(f"written: {stem}.{suffix}")
@@ -199,9 +200,3 @@ def _seconds(folder: Path) -> float:
     ends = sorted(datetime.datetime.fromisoformat(row.finished) for row in read_results(folder))
     gaps = [(after - before).total_seconds() for before, after in pairwise(ends)]
     return fmean(gap for gap in gaps if gap <= PAUSE * median(gaps))
-
-
-def _write(path: Path, text: str) -> None:
-    hidden = path.with_name(f".{path.name}.part")
-    hidden.write_text(text, encoding="utf-8")
-    os.replace(hidden, path)

@@ -52,6 +52,7 @@ class Runner:
         setting: of the run.
         seconds: for all cases together.
         tell: shows a line to who waits.
+        keep: called after every case, so that what was measured outlives a run that is killed.
 
     Attributes:
         measured: cases and what came of them, by id.
@@ -59,13 +60,20 @@ class Runner:
         ceilings: see `harness.machine.ceilings`; measured before the first case.
     """
 
-    def __init__(self, setting: Setting, seconds: float, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        seconds: float,
+        tell: Callable[[str], None],
+        keep: Callable[[], object],
+    ) -> None:
         self.setting = setting
         self.measured: dict[str, tuple[Case, Measured]] = {}
         self.left_out: dict[str, str] = {}
         self.ceilings: tuple[float, dict[str, float]] = (0.0, {})
         self._seconds = seconds
         self._tell = tell
+        self._keep = keep
         self._started = time.monotonic()
 
     @property
@@ -77,6 +85,7 @@ class Runner:
         """What came of a contender; measures the case where that has not been done."""
         if case.id not in self.measured:
             self.measured[case.id] = case, self._measure(case)
+            self._keep()
         return self.measured[case.id][1].outcomes[contender]
 
     def _measure(self, case: Case) -> Measured:

@@ -1,7 +1,8 @@
 """Parts of a README that are written by a program: what stands between two marks."""
 
-import os
 from pathlib import Path
+
+from harness.files import write_whole
 
 
 def put(readme: Path, name: str, text: str) -> None:
@@ -12,9 +13,7 @@ def put(readme: Path, name: str, text: str) -> None:
     """
     before, _, after = _parts(readme, name)
     start, end = _marks(name)
-    hidden = readme.with_name(f".{readme.name}.part")
-    hidden.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
-    os.replace(hidden, readme)
+    write_whole(readme, f"{before}{start}\n{text}\n{end}{after}")
 
 
 def get(readme: Path, name: str) -> str:

@@ -6,7 +6,6 @@ Writes RECORD.md and RECORD.html beside each, compared with the last earlier ful
 machine in the same folder.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from harness.files import write_whole
 from harness.record import Record, all_records
 from report.markdown import markdown
 from report.page import page
@@ -31,10 +31,7 @@ def write_report(record_path: Path) -> tuple[Path, Path]:
         record_path.with_suffix(".html"): page(record, earlier(record, record_path.parent)),
     }
     for path, content in made.items():
-        hidden = path.with_name(f".{path.name}.part")
-        # What stands for bytes of a file's name that are no text is no UTF-8.
-        hidden.write_bytes(content.encode("utf-8", "replace"))
-        os.replace(hidden, path)
+        write_whole(path, content)
     first, second = made
     return first, second
 

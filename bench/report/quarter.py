@@ -39,7 +39,9 @@ def _head(evidence: Sequence[Row]) -> Iterator[str]:
     rehearsal = " **Rehearsal: no figure says how fast anything is.**" if any(
         row.get("small") for row in begun
     ) else ""  # fmt: skip
-    yield f"{date}, commit {machine.get('commit', 'unknown')}.{rehearsal}"
+    commit = begun[0].get("commit", "unknown") if begun else "unknown"
+    changed = ", with files changed" if begun and begun[0].get("dirty") else ""
+    yield f"{date}, commit {commit}{changed}.{rehearsal}"
     copies = _of(evidence, "facts", "copy")
     if copies:
         rates = ", ".join(

@@ -1,14 +1,18 @@
 """``pytest --benchmark`` as a user types it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from _support.project import ROOT
 from harness.record import Record
+from suites import kernels
 
 SMALL = ["--benchmark-sizes=small", "--benchmark-min-rounds=2"]
 
@@ -60,6 +64,66 @@ def test_its_record_and_pytest_benchmarks_hold_the_same_rounds(tmp_path: Path) -
     for each in played["benchmarks"]:
         assert each["stats"]["data"] == found[each["group"], each["name"]]
         assert each["stats"]["rounds"] == 2
+
+
+def test_a_run_that_is_killed_leaves_a_record_of_what_it_had_measured(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "pytest", "--benchmark=kernels", *SMALL]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "ULAE_RT_EVIDENCE": str(tmp_path)},
+        stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    cases = 0
+    while cases < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+        for path in tmp_path.glob("*.json"):
+            cases = len(Record.read(path).cases)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    (path,) = tmp_path.glob("*.json")
+    record = Record.read(path)
+    # Not the whole one that the end of a run writes.
+    assert 2 <= len(record.cases) < len(kernels.all_rows())
+    assert all(case.contenders["ulae_rt"].seconds for case in record.cases)
+
+
+TUNE = """
+import os, signal, sys
+import tune
+tune.torch.cuda.is_available = lambda: True
+tune.torch.cuda.get_device_capability = lambda: (9, 0)
+tune.machine.facts = lambda: {"name": "gpu"}
+jobs = tune.jobs
+tune.jobs = lambda grid, device: jobs(grid, "meta")
+def measured(kernel, job, tried, rounds):
+    if kernel == "diffusion":
+        os.kill(os.getpid(), signal.SIGKILL)
+    times = [20.0, 10.0]
+    return [
+        {"tile": config.tile, "warps": config.warps, "dropped": "", "cold": [us], "warm": [us],
+         "median_cold": us, "median_warm": us}
+        for config, us in zip(tried, times)
+    ]
+tune.tune = measured
+sys.argv = ["tune.py", "compose_forward", "diffusion"]
+tune.main()
+"""
+
+
+def test_tuning_that_is_killed_leaves_the_kernels_before(tmp_path: Path) -> None:
+    place = f"{ROOT / 'bench'}:{ROOT / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": place, "ULAE_RT_EVIDENCE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", TUNE], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert [name.split()[0] for name in found["kernels"]] == ["compose_forward"]
+    assert "# 2.00 times as fast" in found["proposals"][0]
 
 
 def test_pytest_benchmarks_own_switch_runs_everything_once() -> None:

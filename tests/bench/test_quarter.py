@@ -12,6 +12,7 @@ import pytest
 import quarter
 
 from _support.project import ROOT
+from harness import checkout
 from harness.evidence import FILE, Evidence, rows
 from report.quarter import page
 
@@ -161,8 +162,10 @@ def test_the_rehearsal_runs_every_stage_without_what_is_missing_there(tmp_path: 
 
 
 def test_the_page_of_a_killed_run_says_what_did_not_end(tmp_path: Path) -> None:
-    Evidence(tmp_path, "run").add("begun", small=False, stages=["facts", "ops", "network"])
-    Evidence(tmp_path, "facts").add("machine", title="NVIDIA H200", commit="0123abcde")
+    Evidence(tmp_path, "run").add(
+        "begun", small=False, stages=["facts", "ops", "network"], commit="0123abcde", dirty=True
+    )
+    Evidence(tmp_path, "facts").add("machine", title="NVIDIA H200")
     Evidence(tmp_path, "facts").add("copy", bytes_per_second=4e12)
     Evidence(tmp_path, "facts").add("stage", how="done", seconds=9.5, budget=15)
     Evidence(tmp_path, "ops").add(
@@ -172,9 +175,22 @@ def test_the_page_of_a_killed_run_says_what_did_not_end(tmp_path: Path) -> None:
     Evidence(tmp_path, "goals").add("warp", contender="ulae_rt", status="timed", why="", **values)
     shown = page(rows(tmp_path))
     assert "# A quarter of an hour on NVIDIA H200" in shown
+    assert "commit 0123abcde, with files changed." in shown
     assert "Rehearsal" not in shown
     assert "| facts | done | 9.5 | 15 |" in shown
     assert "| network | not ended |" in shown
     assert "| warp | 1.0e-07 | 2.0e-07 | **no** |" in shown
     assert "| warp | ulae_rt | 50 us | 2.00 x | 1.25 x the floor |" in shown
     assert page([]).startswith("# A quarter of an hour on an unknown machine")
+
+
+def test_a_commit_that_is_none_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv(checkout.VARIABLE, "main")
+    monkeypatch.setattr(sys, "argv", ["quarter.py", "--out", str(tmp_path / "out")])
+    assert quarter.main() == 1
+    assert "error: ULAE_RT_COMMIT is 'main', expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -34,7 +34,7 @@ class Benchmark:
 
 def runner() -> tuple[Runner, list[str]]:
     said: list[str] = []
-    return Runner(SETTING, 60.0, said.append), said
+    return Runner(SETTING, 60.0, said.append, lambda: None), said
 
 
 def case(measure: Any, contenders: tuple[str, ...] = ("released", PACKAGE)) -> Case:
@@ -61,6 +61,16 @@ def test_a_case_is_measured_once_for_all_its_contenders() -> None:
         assert benchmark.name == name
     assert asked == [SETTING.rounds]
     assert len(said) == 1
+
+
+def test_every_case_is_kept_as_soon_as_it_is_measured() -> None:
+    kept: list[int] = []
+    run = Runner(SETTING, 60.0, lambda line: None, lambda: kept.append(len(run.measured)))
+    for name in ("one", "two"):
+        compared = replace(case(both(Outcome(seconds=[1.0]))), name=name)
+        for contender in compared.contenders:
+            run.outcome(compared, contender)
+    assert kept == [1, 2]
 
 
 def test_what_is_wrong_of_ours_fails_and_has_no_rounds() -> None:
@@ -94,7 +104,7 @@ def test_a_case_that_cannot_be_measured_says_why(error: Exception, status: str) 
 
 def test_a_case_for_which_no_time_is_left_is_not_begun() -> None:
     said: list[str] = []
-    run = Runner(replace(SETTING, small=False), 60.0, said.append)
+    run = Runner(replace(SETTING, small=False), 60.0, said.append, lambda: None)
     asked = case(both(Outcome(seconds=[1.0])))
     assert run.outcome(asked, PACKAGE).status == "timed"
     long = replace(asked, name="all night", about_seconds=61.0)
