@@ -20,7 +20,8 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format kernel-table bench accuracy ablation test-gpu bench-gpu tune-gpu profile-gpu build/path clean
+.PHONY: help install demo test check format kernel-table bench accuracy ablation test-gpu bench-gpu tune-gpu gpu-quarter gpu-cubins \
+	gpu-wheels gpu-train profile-gpu build/path clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -96,14 +97,46 @@ test-gpu: build/path  ## run the kernels' tests with this machine's own python3,
 bench-gpu: build/path  ## run the benchmarks in the same way
 	$(BARE_PYTEST) --benchmark $(ARGS)
 
-BARE_PYTHON = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path:$(CURDIR)/bench:$(CURDIR)/tests" python3
+BARE_PATH = $(CURDIR)/build/path:$(CURDIR)/bench:$(CURDIR)/tests
+BARE_PYTHON = PYTHONSAFEPATH=1 PYTHONPATH="$(BARE_PATH)" python3
 
 tune-gpu: build/path  ## measure launch configurations and propose lines for kernels/_configs.py
 	$(BARE_PYTHON) bench/tune.py $(ARGS)
 
+# Where the copy of the files has no git history, ULAE_RT_COMMIT says which commit it is of:
+# ULAE_RT_COMMIT=$$(git describe --always --dirty --abbrev=9 --exclude='*'), taken where it has one.
 OUT = build/quarter
 gpu-quarter: build/path  ## the most valuable evidence of a GPU in a quarter of an hour: CALL=1, then CALL=2
 	$(BARE_PYTHON) bench/quarter.py --out $(OUT) $(if $(CALL),--call $(CALL)) $(ARGS)
+
+# What the GPU machine has: a compiled kernel is of use to exactly this Python and Triton.
+GPU_PYTHON = python3.12
+GPU_PACKAGES = torch==2.11.0 triton==3.6.0 numpy
+GPU_VENV = build/gpu-venv
+$(GPU_VENV)/installed:
+	$(GPU_PYTHON) -m venv --clear $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(GPU_PACKAGES)
+	@touch $@
+
+gpu-cubins: build/path $(GPU_VENV)/installed  ## compile, without a GPU, the kernels of gpu-quarter into build/triton-cache
+	PYTHONSAFEPATH=1 PYTHONPATH="$(BARE_PATH)" $(GPU_VENV)/bin/python bench/cubins.py $(ARGS)
+
+# What training needs and the GPU machine has not, unpacked: nothing can be installed there.
+GPU_WHEELS = absl-py annotated-types isal nibabel protobuf pydantic pydantic_core tensorboard tqdm \
+	typing-inspection typing_extensions
+build/wheels/site: constraints.txt | $(STAMP)
+	rm -rf build/wheels && mkdir -p $@
+	$(BIN)/python -m pip download --disable-pip-version-check --quiet -c constraints.txt -d build/wheels \
+		--no-deps --only-binary=:all: --implementation cp --python-version 3.12 \
+		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 $(GPU_WHEELS)
+	for wheel in build/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel $@; done
+	rm -f build/wheels/*.whl $@/tensorboard/webfiles.zip
+
+gpu-wheels: build/wheels/site  ## unpack what training needs beside torch, for Python 3.12, into build/wheels/site
+
+gpu-train: build/path  ## train for MINUTES on DATA, beginning or going on with CHECKPOINT, into OUT
+	PYTHONSAFEPATH=1 PYTHONPATH="$(BARE_PATH):$(CURDIR)/build/wheels/site" python3 bench/lent_training.py \
+		--out $(OUT) --data $(DATA) --minutes $(MINUTES) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(ARGS)
 
 profile-gpu: build/path  ## list the kernels that a training step spends its time in
 	$(BARE_PYTHON) bench/profile_step.py $(ARGS)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from harness import carried
 from harness.checkout import commit
 from harness.evidence import Evidence
 
@@ -81,7 +82,10 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     run = Evidence(arguments.out, "run")
     names = [stage.name for stage in chosen]
-    run.add("begun", small=arguments.small, stages=names, commit=source, dirty=changed)
+    run.add(
+        "begun", small=arguments.small, stages=names, commit=source, dirty=changed,
+        kernels_carried=carried.use(carried.CACHE),
+    )  # fmt: skip
     for stage in chosen:
         run_stage(stage, arguments.out, arguments.small)
     run.add("ended")
@@ -99,7 +103,7 @@ def run_stage(stage: Stage, folder: Path, small: bool) -> str:
     command = [sys.executable, str(Path(__file__).with_name("stages.py")), stage.name, str(folder)]
     command += ["--small"] if small else []
     print(f"{stage.name}: {stage.shows} ({budget} s at most)", flush=True)
-    started = time.monotonic()
+    before, started = carried.folders(carried.CACHE), time.monotonic()
     with (folder / LOG).open("ab") as log:
         log.write(f"\n=== {stage.name}\n".encode())
         log.flush()
@@ -114,7 +118,10 @@ def run_stage(stage: Stage, folder: Path, small: bool) -> str:
         finally:
             _end(process)
     seconds = time.monotonic() - started
-    evidence.add("stage", how=how, seconds=round(seconds, 2), budget=budget)
+    evidence.add(
+        "stage", how=how, seconds=round(seconds, 2), budget=budget,
+        compiled_anew=len(carried.folders(carried.CACHE) - before),
+    )  # fmt: skip
     print(f"{stage.name}: {how}, {seconds:.1f} s", flush=True)
     return how
 

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from _support.interpreter import quicken
 from _support.kernels import deterministic, implementation
 from _support.ops import OPS, cotangents, forward_backward
-from harness import gpu_timing, machine
+from harness import carried, gpu_timing, machine
 from harness.case import FULL, Outcome, Sizes
 from harness.evidence import Evidence
 from harness.record import ROOT
@@ -65,6 +65,8 @@ def facts(evidence: Evidence, setting: Setting) -> None:
     evidence.add("copy", bytes_per_second=gpu_timing.copy_bandwidth(setting.device))
     for name, rate in machine.ceilings(setting.device)[1].items():
         evidence.add("matmul", precision=name, flops_per_second=rate)
+    major, minor = torch.cuda.get_device_capability() if setting.on_gpu else (9, 0)
+    evidence.add("carried kernels", **carried.compared(carried.CACHE, 10 * major + minor))
 
 
 def ops(evidence: Evidence, setting: Setting) -> None:

@@ -48,6 +48,11 @@ def _head(evidence: Sequence[Row]) -> Iterator[str]:
             f"{row['precision']} {row['flops_per_second'] / 1e12:.3g} TFLOP/s"
             for row in _of(evidence, "facts", "matmul")
         )
+        for row in _of(evidence, "facts", "carried kernels"):
+            kernels = begun[0]["kernels_carried"] if begun else "unknown"
+            differ = row.get("why") or ", ".join(row["differ"])
+            state = "of use" if row["same"] else f"**of no use** ({differ})"
+            yield f"Kernels carried: {kernels}, {state}."
         yield f"Copies {copies[0]['bytes_per_second'] / 1e9:.4g} GB/s; large products {rates}."
 
 
@@ -67,13 +72,15 @@ def _stages(evidence: Sequence[Row]) -> Iterator[str]:
     ended = [row for row in evidence if row["what"] == "stage"]
     failures = {row["stage"]: row["error"] for row in evidence if row["what"] == "failed"}
     body = [
-        (row["stage"], row["how"], row["seconds"], row["budget"], failures.get(row["stage"], ""))
+        (row["stage"], row["how"], row["seconds"], row["budget"], row["compiled_anew"],
+         failures.get(row["stage"], ""))
         for row in ended
-    ]
+    ]  # fmt: skip
     begun = [row for row in evidence if row["what"] == "begun"]
     missing = {name for row in begun for name in row["stages"]} - {row["stage"] for row in ended}
-    body += [(name, "not ended", "", "", "") for name in sorted(missing)]
-    yield from _table("Stages", ("stage", "how it ended", "s", "of", "error"), body)
+    body += [(name, "not ended", "", "", "", "") for name in sorted(missing)]
+    header = ("stage", "how it ended", "s", "of", "compiled anew", "error")
+    yield from _table("Stages", header, body)
 
 
 def _ops(evidence: Sequence[Row]) -> Iterator[str]:

@@ -12,12 +12,12 @@ import pytest
 import quarter
 
 from _support.project import ROOT
-from harness import checkout
+from harness import carried, checkout
 from harness.evidence import FILE, Evidence, rows
 from report.quarter import page
 
 STAGES = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from harness.evidence import Evidence
 name, folder = sys.argv[1], Path(sys.argv[2])
@@ -25,6 +25,9 @@ evidence = Evidence(folder, name)
 evidence.add("first", number=1)
 if name == "facts":
     raise SystemExit(3)
+if name == "network":
+    for folder in "AB":
+        (Path(os.environ["TRITON_CACHE_DIR"]) / folder).mkdir(parents=True)
 if name == "ops":
     print("it hangs", flush=True)
     time.sleep(600)
@@ -58,6 +61,8 @@ def fake_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (place / "stages.py").write_text(STAGES)
     monkeypatch.setattr(quarter, "__file__", str(place / "quarter.py"))
     monkeypatch.setattr(quarter, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(carried, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "another")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "bench"))
     return tmp_path / "out"
 
@@ -79,6 +84,8 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(
     assert ends["facts"] == "failed, status 3"
     assert ends["ops"] == "out of time"
     assert ends["tests"] == ends["counters"] == "done"
+    new = {row["stage"]: row["compiled_anew"] for row in rows(fake_stages) if "how" in row}
+    assert (new["network"], new["goals"]) == (2, 0)
     assert "it hangs" in (fake_stages / quarter.LOG).read_text()
     last = [row["stage"] for row in rows(fake_stages) if row["what"] == "last"]
     assert last == ["tests", "network", "goals", "training", "counters"]
@@ -163,11 +170,17 @@ def test_the_rehearsal_runs_every_stage_without_what_is_missing_there(tmp_path: 
 
 def test_the_page_of_a_killed_run_says_what_did_not_end(tmp_path: Path) -> None:
     Evidence(tmp_path, "run").add(
-        "begun", small=False, stages=["facts", "ops", "network"], commit="0123abcde", dirty=True
+        "begun",
+        small=False,
+        stages=["facts", "ops", "network"],
+        commit="0123abcde",
+        dirty=True,
+        kernels_carried=128,
     )
     Evidence(tmp_path, "facts").add("machine", title="NVIDIA H200")
     Evidence(tmp_path, "facts").add("copy", bytes_per_second=4e12)
-    Evidence(tmp_path, "facts").add("stage", how="done", seconds=9.5, budget=15)
+    Evidence(tmp_path, "facts").add("stage", how="done", seconds=9.5, budget=15, compiled_anew=3)
+    Evidence(tmp_path, "facts").add("carried kernels", same=False, differ=["triton_key", "ptxas"])
     Evidence(tmp_path, "ops").add(
         "warp", kernel_rms=[1e-7], reference_rms=[2e-7], same_bits_again=False
     )
@@ -177,7 +190,8 @@ def test_the_page_of_a_killed_run_says_what_did_not_end(tmp_path: Path) -> None:
     assert "# A quarter of an hour on NVIDIA H200" in shown
     assert "commit 0123abcde, with files changed." in shown
     assert "Rehearsal" not in shown
-    assert "| facts | done | 9.5 | 15 |" in shown
+    assert "| facts | done | 9.5 | 15 | 3 |" in shown
+    assert "Kernels carried: 128, **of no use** (triton_key, ptxas)." in shown
     assert "| network | not ended |" in shown
     assert "| warp | 1.0e-07 | 2.0e-07 | **no** |" in shown
     assert "| warp | ulae_rt | 50 us | 2.00 x | 1.25 x the floor |" in shown

@@ -2,14 +2,17 @@
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from ulae_rt.errors import GeometryError, ImageError, UsageError
 from ulae_rt.imaging.nifti import Volume
+
+# What resamples imports it: training has only headers to compare, also where there is no ITK.
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 logger = logging.getLogger(__name__)
 
@@ -260,8 +263,10 @@ def warn_cut_off(fraction: float, name: str, grid: Grid) -> None:
         )
 
 
-def to_sitk(data: NDArray[Any], affine: Affine) -> sitk.Image:
+def to_sitk(data: NDArray[Any], affine: Affine) -> "sitk.Image":
     """An ITK image (LPS) of ``data`` (X, Y, Z), or (X, Y, Z, 3) for a vector image."""
+    import SimpleITK as sitk
+
     is_vector = data.ndim == 4
     axes = (2, 1, 0, 3) if is_vector else (2, 1, 0)
     image = sitk.GetImageFromArray(data.transpose(axes), isVector=is_vector)
@@ -269,7 +274,7 @@ def to_sitk(data: NDArray[Any], affine: Affine) -> sitk.Image:
     return image
 
 
-def set_geometry(image: sitk.Image, affine: Affine) -> None:
+def set_geometry(image: "sitk.Image", affine: Affine) -> None:
     """Give an ITK image the grid of ``affine``, voxel index to RAS mm."""
     lps = LPS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
@@ -278,21 +283,27 @@ def set_geometry(image: sitk.Image, affine: Affine) -> None:
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
 
 
-def reference(grid: Grid) -> sitk.Image:
+def reference(grid: Grid) -> "sitk.Image":
     """An image of one byte a voxel, to tell ITK a grid."""
+    import SimpleITK as sitk
+
     image = sitk.Image(list(grid.shape), sitk.sitkUInt8)
     set_geometry(image, grid.affine)
     return image
 
 
-def from_sitk(image: sitk.Image) -> NDArray[Any]:
+def from_sitk(image: "sitk.Image") -> NDArray[Any]:
     """The values of an ITK image as (X, Y, Z[, 3])."""
+    import SimpleITK as sitk
+
     data = sitk.GetArrayFromImage(image)
     return data.transpose((2, 1, 0, 3) if data.ndim == 4 else (2, 1, 0))
 
 
-def affine_to_sitk(matrix: Affine) -> sitk.AffineTransform:
+def affine_to_sitk(matrix: Affine) -> "sitk.AffineTransform":
     """An ITK transform (LPS) of ``matrix`` (4, 4), RAS mm to RAS mm."""
+    import SimpleITK as sitk
+
     lps = LPS @ matrix @ LPS
     transform = sitk.AffineTransform(3)
     transform.SetMatrix(lps[:3, :3].ravel().tolist())
@@ -319,6 +330,8 @@ def resample(
     Returns:
         ``grid.shape``, (D, H, W) along the grid's axes, C order.
     """
+    import SimpleITK as sitk
+
     image = to_sitk(volume.data, volume.affine)
     matrix = np.eye(4) if transform is None else transform
     method = sitk.sitkLinear if interp == "linear" else sitk.sitkNearestNeighbor
@@ -388,6 +401,8 @@ def _averaged(volume: Volume, grid: Grid, transform: Affine | None) -> Volume:
 
     Detail that the grid cannot hold must not turn into noise on it.
     """
+    import SimpleITK as sitk
+
     matrix = np.eye(4) if transform is None else transform
     # One step of the grid in voxels of the volume, along the axis of each that it follows most.
     step = np.abs(np.linalg.inv(volume.affine) @ matrix @ grid.affine)[:3, :3].max(axis=1)
