@@ -133,36 +133,80 @@ def network(evidence: Evidence, setting: Setting) -> None:
         if name == "fp16" and not setting.on_gpu:
             continue
         net = network_suite.package("paper", dtype).to(setting.device)
-        for kind, program in (("eager", net.predict), ("folded", folded(net, name))):
+        for kind, run in ways(net, name, pair).items():
             with (
                 exact_convolutions(),
                 torch.inference_mode(),
                 gpu_timing.own_stream(setting.device),
             ):
-                run, how = captured(partial(program, *pair), setting) if kind == "folded" else (
-                    partial(program, *pair), "eager"
-                )  # fmt: skip
+                how = "eager"
+                if kind != "eager":
+                    run, how = captured(run, setting)
                 seconds = times(run, setting)
-                disp = run()[1] if kind == "folded" else run().disp
-                off = (disp.float() - truth).norm(dim=1)
+                off = (run().float() - truth).norm(dim=1)
             evidence.add(
                 f"{kind}, {name}", how=how, seconds=seconds, median=median(seconds),
                 voxels_off_mean=float(off.mean()), voxels_off_largest=float(off.max()),
             )  # fmt: skip
+        host_to_host(evidence, net, name, pair, truth, setting)
         if name != "fp32" or setting.small:
             with exact_convolutions(), torch.inference_mode():
-                profiled(evidence, f"kernels, {name}", partial(folded(net, name), *pair), setting)
+                run = ways(net, name, pair)["program"]
+                profiled(evidence, f"kernels, {name}", run, setting)
     for name, dtype in PRECISIONS.items():
         if name == "fp16" and not setting.on_gpu:
             continue
         convolutions(evidence, name, dtype, pair, setting)
 
 
-def folded(net: Any, precision: str) -> Any:
-    """The network with its weights at rest, as its ``.pt2`` has it."""
-    from ulae_rt.export.pt2 import _Program
+def ways(net: Any, precision: str, pair: list[Tensor]) -> dict[str, Run]:
+    """The network's displacement, device to device, in every way that may be the fastest.
 
-    return _Program(net, precision)
+    ``program`` is what weights are run by. Beside it, what decides about it: concatenations of 18
+    channels as they are, and each moving block as one kernel.
+    """
+    from ulae_rt.model.blocks import channel_multiple
+    from ulae_rt.model.program import InferenceProgram
+
+    device = pair[0].device
+    multiple = channel_multiple(PRECISIONS[precision] or torch.float32, device.type)
+    programs = {"program": InferenceProgram(net, precision, multiple)}
+    if multiple > 1:
+        programs["18 channels"] = InferenceProgram(net, precision)
+    programs["fused moving blocks"] = InferenceProgram(net, precision, multiple, fused=True)
+    runs: dict[str, Run] = {"eager": partial(net.displacement, *pair)}
+    for name, program in programs.items():
+        runs[name] = partial(program.to(device).displacement, *pair)
+    return runs
+
+
+def host_to_host(
+    evidence: Evidence,
+    net: Any,
+    precision: str,
+    pair: list[Tensor],
+    truth: Tensor,
+    setting: Setting,
+) -> None:
+    """The displacement as `Registrar` gets it: arrays in, arrays out, copies included."""
+    from ulae_rt.network import TorchBackend
+
+    arrays = dict(zip(("moving", "fixed"), (x.cpu().numpy() for x in pair), strict=True))
+    started = time.perf_counter()
+    backend = TorchBackend(net, setting.device.type, precision)
+    disp = backend.run(arrays, ["disp"])["disp"]
+    first = time.perf_counter() - started
+    seconds = []
+    for _ in range(setting.rounds):
+        started = time.perf_counter()
+        backend.run(arrays, ["disp"])
+        seconds.append(time.perf_counter() - started)
+    off = (torch.from_numpy(disp) - truth.cpu()).norm(dim=1)
+    evidence.add(
+        f"host to host, {precision}", how=f"first after {first:.2f} s", seconds=seconds,
+        median=median(seconds), voxels_off_mean=float(off.mean()),
+        voxels_off_largest=float(off.max()),
+    )  # fmt: skip
 
 
 def captured(run: Run, setting: Setting) -> tuple[Run, str]:
@@ -245,13 +289,14 @@ def convolutions(
     evidence: Evidence, name: str, dtype: torch.dtype | None, pair: list[Tensor], setting: Setting
 ) -> None:
     """Each shape of convolution alone; 18 channels also as 24, a multiple of 8."""
-    program = folded(network_suite.package("paper", dtype).to(setting.device), name)
+    net = network_suite.package("paper", dtype).to(setting.device)
+    run = ways(net, name, pair)["eager"]
     with exact_convolutions(), torch.inference_mode(), _Convolutions() as counted:
-        program(*pair)
+        run()
     wide = torch.float32 if dtype is None else dtype
     layout = torch.channels_last_3d
     for (image_shape, weight_shape, options), count in counted.seen.items():
-        widths = [weight_shape[1]] + ([24] if weight_shape[1] == 18 else [])
+        widths = [18, 24] if weight_shape[1] in (18, 24) else [weight_shape[1]]
         for channels in widths:
             shapes = [(image_shape[0], channels, *image_shape[2:])]
             shapes += [(weight_shape[0], channels, *weight_shape[2:])]

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from ulae_rt.errors import UsageError
 
+# What a path may be given as.
+PathLike = str | os.PathLike[str]
+
 
 def device_name(device: object, expected: str = "auto, cpu, cuda or cuda:N") -> str:
     """The name of a device, of a ``torch.device`` too.

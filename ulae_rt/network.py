@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.arguments import check_choice, device_name, parse_device, path_of, what_is_at
+from ulae_rt.arguments import PathLike, check_choice, device_name, parse_device, path_of, what_is_at
 from ulae_rt.engines import BACKENDS as ENGINE_BACKENDS
 from ulae_rt.engines import Engine, load_engine
 from ulae_rt.engines.backends.base import failure
@@ -17,7 +17,6 @@ from ulae_rt.engines.folder import PRECISIONS
 from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
 from ulae_rt.engines.session import Metadata
 from ulae_rt.errors import UlaeError, UsageError
-from ulae_rt.imaging.nifti import PathLike
 from ulae_rt.manifest import ANY_BATCH, sha256
 from ulae_rt.optional import require
 

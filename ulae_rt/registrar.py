@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.arguments import path_of
+from ulae_rt.arguments import PathLike, path_of
 from ulae_rt.errors import CheckpointError, EngineMismatch, UsageError
 from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode, register_affine
 from ulae_rt.imaging.grid import (
@@ -30,7 +30,6 @@ from ulae_rt.imaging.grid import (
 from ulae_rt.imaging.labelmap import check_carried, check_labels
 from ulae_rt.imaging.nifti import (
     Kind,
-    PathLike,
     Volume,
     image_on_grid,
     read_volume,

@@ -11,11 +11,11 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.arguments import path_of
+from ulae_rt.arguments import PathLike, path_of
 from ulae_rt.errors import UsageError
 from ulae_rt.imaging.grid import Affine, grid_of
 from ulae_rt.imaging.inverse import InverseConsistency, inverse_consistency, invert
-from ulae_rt.imaging.nifti import Outputs, PathLike, Volume, image_on_grid, save_image
+from ulae_rt.imaging.nifti import Outputs, Volume, image_on_grid, save_image
 from ulae_rt.imaging.transform import Deformation
 from ulae_rt.imaging.warpfile import Warp, WarpFormat, warp_suffixes, write_warp
 from ulae_rt.reports import Refinement

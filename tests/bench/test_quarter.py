@@ -148,7 +148,7 @@ def test_the_rehearsal_runs_every_stage_without_what_is_missing_there(tmp_path: 
     facts = {row["what"]: row for row in known if row["stage"] == "facts"}
     assert facts["copy"]["bytes_per_second"] > 0
     assert {row["what"] for row in known if row["stage"] == "ops"} >= {"warp", "compose", "stage"}
-    assert any(row["what"] == "folded, fp32" for row in known)
+    assert any(row["what"] == "program, fp32" for row in known)
     assert any(row["what"].startswith("convolution") for row in known)
     timed = [row for row in known if row["stage"] in ("goals", "training") and "contender" in row]
     assert {row["status"] for row in timed if row["contender"].startswith("ulae_rt")} <= {
@@ -161,7 +161,7 @@ def test_the_rehearsal_runs_every_stage_without_what_is_missing_there(tmp_path: 
     for words in (
         "Rehearsal",
         "| warp |",
-        "| folded, fp32 |",
+        "| program, fp32 |",
         "A training step",
         "| goals | done |",
     ):

@@ -27,14 +27,14 @@ def full_net(variant: str) -> UlaeNet:
     return net
 
 
-@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize(("multiple", "fused"), [(1, False), (8, False), (8, True)])
 @pytest.mark.parametrize("variant", ["paper", "release"])
-def test_the_program_is_the_network_in_float64(variant: str, multiple: int) -> None:
+def test_the_program_is_the_network_in_float64(variant: str, multiple: int, fused: bool) -> None:
     net = full_net(variant)
     images = pair(torch.float64)
     with torch.inference_mode():
         expected = net.predict(*images)
-        moved, disp = InferenceProgram(net, "fp32", multiple)(*images)
+        moved, disp = InferenceProgram(net, "fp32", multiple, fused=fused)(*images)
     assert expected.disp.abs().max() > 1
     for result, truth in ((moved, expected.moved), (disp, expected.disp)):
         assert float((result - truth).abs().max()) <= 1e-12 * float(truth.abs().max())

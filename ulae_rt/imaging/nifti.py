@@ -22,6 +22,7 @@ import numpy as np
 from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
+from ulae_rt.arguments import PathLike
 from ulae_rt.errors import DiskFull, GeometryError, ImageError, OutputError, UsageError
 from ulae_rt.files import locked_folders
 from ulae_rt.messages import about
@@ -29,7 +30,6 @@ from ulae_rt.messages import about
 logger = logging.getLogger(__name__)
 
 Kind = Literal["image", "labels", "values"]
-PathLike = str | os.PathLike[str]
 
 SUFFIXES = (".nii.gz", ".nii")
 # A 0.25 mm whole head is 700 x 900 x 700; what lies beyond is a damaged header or another organ.

@@ -11,13 +11,12 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from ulae_rt.arguments import check_choice, path_of
+from ulae_rt.arguments import PathLike, check_choice, path_of
 from ulae_rt.errors import GeometryError, ImageError, UsageError
 from ulae_rt.imaging.grid import Grid, gap_mm, grid_of
 from ulae_rt.imaging.nifti import (
     SUFFIXES,
     Outputs,
-    PathLike,
     Volume,
     check_file,
     checked_shape,

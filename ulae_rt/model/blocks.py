@@ -163,8 +163,7 @@ class MovingBlock(nn.Module):
     def forward(self, x: Tensor, fixed: FixedLevel) -> Tensor:
         """(B, in, D, H, W) and the fixed path's level, to the shape of its features."""
         weights = fixed.weights
-        mean = x.mean(dim=(2, 3, 4), dtype=weights.mean.dtype)
-        constant = torch.addmm(weights.bias, mean, weights.mean.t()).to(fixed.term.dtype)
+        constant = constant_term(x, weights).to(fixed.term.dtype)
         # As long as a row of voxels: torch adds a vector of channels alone one by one.
         row = constant[:, :, None, None, None].expand(-1, -1, -1, -1, fixed.term.shape[4])
         out = fixed.term + row.contiguous(memory_format=torch.channels_last_3d)
@@ -175,6 +174,15 @@ class MovingBlock(nn.Module):
             for term in strided_convolutions(x, weights.dilated):
                 out += term
         return F.leaky_relu_(out, NEGATIVE_SLOPE)
+
+
+def constant_term(x: Tensor, weights: FoldedWeights) -> Tensor:
+    """What a moving block adds everywhere, (B, out) in its parameters' type.
+
+    The biases, and of the mean of x over the volume what the weights make.
+    """
+    mean = x.mean(dim=(2, 3, 4), dtype=weights.mean.dtype)
+    return torch.addmm(weights.bias, mean, weights.mean.t())
 
 
 def strided_convolutions(x: Tensor, kernels: dict[int, Tensor]) -> Iterator[Tensor]:

@@ -10,7 +10,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ulae_rt.model.blocks import ConvBlock, FoldedWeights, MovingBlock, as_features, padded_input
+from ulae_rt.kernels.moving_block.op import moving_block
+from ulae_rt.model.blocks import (
+    ConvBlock,
+    FixedLevel,
+    FoldedWeights,
+    MovingBlock,
+    as_features,
+    constant_term,
+    padded_input,
+)
 from ulae_rt.model.checkpoint import PRECISIONS
 from ulae_rt.model.ulae_net import STEPS, UlaeNet
 
@@ -27,15 +36,21 @@ class InferenceProgram(nn.Module):
             model's parameters.
         multiple: to which the inputs of a convolution of concatenated features are filled up with
             zeros; see :func:`ulae_rt.model.blocks.channel_multiple`.
+        fused: whether each moving block is one kernel in place of a library's convolutions and
+            their sum. Only a GPU can say which is the faster one, and ``make gpu-quarter`` asks it;
+            until then no command takes this.
     """
 
-    def __init__(self, model: UlaeNet, precision: str, multiple: int = 1) -> None:
+    def __init__(
+        self, model: UlaeNet, precision: str, multiple: int = 1, *, fused: bool = False
+    ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         dtype = self.model.feature_dtype = PRECISIONS[precision]
         for name, block in dict(self.model.named_modules()).items():
             if isinstance(block, MovingBlock):
-                self.model.set_submodule(name, FoldedMovingBlock(block, dtype))
+                kind = FusedMovingBlock if fused else FoldedMovingBlock
+                self.model.set_submodule(name, kind(block, dtype))
             elif isinstance(block, ConvBlock):
                 if name.rpartition(".")[2] in _AFTER_CONCATENATION:
                     _fill_up(block, multiple)
@@ -90,3 +105,20 @@ class FoldedMovingBlock(MovingBlock):
         dilated = {d: self.get_buffer(f"dilated{d}") for d in self.dilations}
         bias, fixed, mean = (self.get_buffer(name) for name in ("bias", "fixed", "mean"))
         return FoldedWeights(bias, fixed, mean, dilated)
+
+
+class FusedMovingBlock(FoldedMovingBlock):
+    """A moving block as one implicit matrix product, see :func:`ulae_rt.kernels.moving_block`."""
+
+    def __init__(self, block: MovingBlock, dtype: torch.dtype | None) -> None:
+        super().__init__(block, dtype)
+        # (n, out, in, 3, 3, 3), whose memory is (n, 3, 3, 3, in, out), as the kernel reads it.
+        dilated = torch.stack([self.get_buffer(f"dilated{d}") for d in self.dilations])
+        self.register_buffer(
+            "kernels", dilated.permute(0, 3, 4, 5, 2, 1).contiguous().permute(0, 5, 4, 1, 2, 3)
+        )
+
+    def forward(self, x: Tensor, fixed: FixedLevel) -> Tensor:
+        """See :meth:`MovingBlock.forward`."""
+        constant = constant_term(x, fixed.weights)
+        return moving_block(x, fixed.term, constant, self.get_buffer("kernels"), self.dilations)
