@@ -30,7 +30,6 @@ GPU = ("torch fp16", "torch.compile fp16", "pt2 fp16", "onnxruntime fp16", "tens
 QUICK = ("torch fp32", "torch bf16")
 BATCHES = (1, 2, 4, 8)
 CPU_BATCHES = (1, 4)
-TYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -125,12 +124,13 @@ def prepare(
     else:
         keep_freed_memory()
         pair = network.images(sizes, batch, network.device())
-        net = network.package(VARIANT, TYPES[precision]).to(network.device())
-        predict = torch.compile(net.predict) if kind == "torch.compile" else net.predict
+        program = network.inference_program(VARIANT, precision)
+        predict = torch.compile(program) if kind == "torch.compile" else program
 
         def run() -> network.Outputs:
             with torch.inference_mode():
-                return predict(*pair)
+                moved, disp = predict(*pair)
+                return moved, disp
 
     torch.save([x.float().cpu() for x in run()], result)
     return run

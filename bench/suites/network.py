@@ -24,6 +24,9 @@ from harness.processes import Child, child
 from harness.rounds import interleaved
 from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.model import UlaeNet
+from ulae_rt.model.blocks import channel_multiple
+from ulae_rt.model.checkpoint import PRECISIONS
+from ulae_rt.model.program import InferenceProgram
 from ulae_rt.model.ulae_net import VARIANTS
 
 NAME = "network"
@@ -35,7 +38,7 @@ HEAD_SCALES = (1.7, 0.5, 0.5)
 RELEASED_LAYOUT = f"{RELEASED}, channels_last"
 # What torch makes of float32 convolutions on a GPU unless it is told otherwise.
 TF32 = ", TF32"
-PACKAGE = {"ulae_rt fp32": None, "ulae_rt bf16": torch.bfloat16, "ulae_rt fp16": torch.float16}
+PACKAGE = ("ulae_rt fp32", "ulae_rt bf16", "ulae_rt fp16")
 PACKAGE_TF32 = f"ulae_rt fp32{TF32}"
 # Two correct float32 runs differ by rounding; a displacement must not by more than this.
 FP32_TOLERANCE_VOXELS = 1e-3
@@ -59,7 +62,7 @@ def cases(setting: Setting) -> list[Case]:
     on_gpu = setting.device == "cuda"
     other = SMALL if setting.small else FULL if on_gpu else HALF
     both = (RELEASED, RELEASED_LAYOUT)
-    own: tuple[str, ...] = tuple(PACKAGE)
+    own = PACKAGE
     if on_gpu:
         both = (RELEASED, f"{RELEASED}{TF32}", RELEASED_LAYOUT, f"{RELEASED_LAYOUT}{TF32}")
         own = (*own, PACKAGE_TF32)
@@ -105,6 +108,13 @@ def package(variant: str, precision: torch.dtype | None) -> UlaeNet:
     net.load_state_dict(plain.package_state(weights(variant), variant))
     net.feature_dtype = precision
     return net.eval()
+
+
+def inference_program(variant: str, precision: str) -> InferenceProgram:
+    """What the package runs weights by, on the device of the benchmarks."""
+    dtype = PRECISIONS[precision] or torch.float32
+    multiple = channel_multiple(dtype, device())
+    return InferenceProgram(package(variant, None), precision, multiple).to(device())
 
 
 def flops(variant: str, sizes: Sizes, batch: int = 1) -> float:
@@ -155,11 +165,12 @@ def prepare(name: str, variant: str, sizes: Sizes, result: str) -> Callable[[], 
         run = released(variant, pair, channels_last=name.startswith(RELEASED_LAYOUT))
     else:
         keep_freed_memory()
-        net = package(variant, PACKAGE[name.removesuffix(TF32)]).to(device())
+        program = inference_program(variant, name.removesuffix(TF32).rpartition(" ")[2])
 
         def run() -> Outputs:
             with torch.inference_mode():
-                return net.predict(*pair)
+                moved, disp = program(*pair)
+                return moved, disp
 
     torch.save([x.float().cpu() for x in run()], result)
     return run

@@ -163,10 +163,12 @@ class MovingBlock(nn.Module):
     def forward(self, x: Tensor, fixed: FixedLevel) -> Tensor:
         """(B, in, D, H, W) and the fixed path's level, to the shape of its features."""
         weights = fixed.weights
-        constant = constant_term(x, weights).to(fixed.term.dtype)
-        # As long as a row of voxels: torch adds a vector of channels alone one by one.
-        row = constant[:, :, None, None, None].expand(-1, -1, -1, -1, fixed.term.shape[4])
-        out = fixed.term + row.contiguous(memory_format=torch.channels_last_3d)
+        constant = constant_term(x, weights).to(fixed.term.dtype)[:, :, None, None, None]
+        if constant.device.type == "cpu":
+            # As long as a row of voxels: there torch adds a vector of channels alone one by one.
+            constant = constant.expand(-1, -1, -1, -1, fixed.term.shape[4])
+            constant = constant.contiguous(memory_format=torch.channels_last_3d)
+        out = fixed.term + constant
         # In place: a convolution's gradient does not need its result.
         if x.shape[1] == 1 and _launch.arranged_for_cpu(x, *weights.dilated.values()):
             _add_gathered_conv3d(out, x, weights.dilated)
