@@ -21,7 +21,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format kernel-table bench accuracy ablation test-gpu bench-gpu tune-gpu gpu-quarter gpu-cubins \
-	gpu-wheels gpu-train profile-gpu build/path clean
+	gpu-training gpu-train profile-gpu build/path clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -130,11 +130,19 @@ build/wheels/site: constraints.txt | $(STAMP)
 		--no-deps --only-binary=:all: --implementation cp --python-version 3.12 \
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 $(GPU_WHEELS)
 	for wheel in build/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel $@; done
-	rm -f build/wheels/*.whl $@/tensorboard/webfiles.zip
+	rm -rf build/wheels/*.whl $@/tensorboard/webfiles.zip $@/nibabel/tests $@/nibabel/*/tests
 
-gpu-wheels: build/wheels/site  ## unpack what training needs beside torch, for Python 3.12, into build/wheels/site
+PREPARED = prepared
+gpu-training: build/wheels/site  ## pack what training needs there: scans of PREPARED/train and val, packages, kernels
+	PYTHONSAFEPATH=1 PYTHONPATH="$(BARE_PATH)" $(BIN)/python bench/pack_training.py --data $(PREPARED) \
+		-o build/gpu-training.tar.xz
 
-gpu-train: build/path  ## train for MINUTES on DATA, beginning or going on with CHECKPOINT, into OUT
+build/gpu-training.unpacked: build/gpu-training.tar.xz
+	python3 -m tarfile -e $< build
+	@touch $@
+
+DATA = build/training
+gpu-train: build/path $(if $(wildcard build/gpu-training.tar.xz),build/gpu-training.unpacked)  ## train for MINUTES into OUT, from the start or from CHECKPOINT=DIR/run of an earlier command
 	PYTHONSAFEPATH=1 PYTHONPATH="$(BARE_PATH):$(CURDIR)/build/wheels/site" python3 bench/lent_training.py \
 		--out $(OUT) --data $(DATA) --minutes $(MINUTES) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(ARGS)
 
