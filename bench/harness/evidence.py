@@ -53,12 +53,12 @@ def _ends_with_newline(path: Path) -> bool:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """All that is known, in its order; a line that was cut off is left out."""
-    return list(_read(folder / FILE))
+    path = folder / FILE
+    return list(read(path)) if path.is_file() else []
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one file, as `rows`."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)

@@ -1,19 +1,30 @@
-"""The evidence of a quarter of an hour on a GPU as a page: ``python bench/report/quarter.py DIR``.
+"""The evidence of a quarter of an hour on a GPU as a page, and as the README's rows.
 
-Made from ``evidence.jsonl`` alone, on any machine, of a run that was killed as of a whole one.
+    python bench/report/quarter.py DIR...                              the page, on standard output
+    python bench/report/quarter.py DIR... --commit-to bench/results    both, to be committed
+
+Each DIR is one command's; made from their ``evidence.jsonl`` alone, on any machine, of a run that
+was killed as of a whole one.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.evidence import rows
+from harness.case import PACKAGE
+from harness.evidence import read, rows
+from harness.files import write_whole
+from harness.record import RESULTS
+from report import words
 
 Row = dict[str, Any]
+NO_FIGURE = "No GPU figure exists yet."
 
 
 def page(evidence: Sequence[Row]) -> str:
@@ -30,18 +41,15 @@ def _of(evidence: Sequence[Row], stage: str, what: str = "") -> list[Row]:
 
 
 def _head(evidence: Sequence[Row]) -> Iterator[str]:
-    machines = _of(evidence, "facts", "machine")
-    machine = machines[0] if machines else {}
+    machine = _machine(evidence)
     yield f"# A quarter of an hour on {machine.get('title', 'an unknown machine')}"
     yield ""
     begun = _of(evidence, "run", "begun")
-    date = begun[0]["at"][:10] if begun else "unknown"
     rehearsal = " **Rehearsal: no figure says how fast anything is.**" if any(
         row.get("small") for row in begun
     ) else ""  # fmt: skip
-    commit = begun[0].get("commit", "unknown") if begun else "unknown"
-    changed = ", with files changed" if begun and begun[0].get("dirty") else ""
-    yield f"{date}, commit {commit}{changed}.{rehearsal}"
+    date, commit, dirty = _source(evidence)
+    yield f"{date}, commit {commit}{', with files changed' * dirty}.{rehearsal}"
     copies = _of(evidence, "facts", "copy")
     if copies:
         rates = ", ".join(
@@ -54,6 +62,19 @@ def _head(evidence: Sequence[Row]) -> Iterator[str]:
             state = "of use" if row["same"] else f"**of no use** ({differ})"
             yield f"Kernels carried: {kernels}, {state}."
         yield f"Copies {copies[0]['bytes_per_second'] / 1e9:.4g} GB/s; large products {rates}."
+
+
+def _machine(evidence: Sequence[Row]) -> Row:
+    machines = _of(evidence, "facts", "machine")
+    return machines[0] if machines else {}
+
+
+def _source(evidence: Sequence[Row]) -> tuple[str, str, bool]:
+    """Day, commit, and whether files differed from it."""
+    begun = _of(evidence, "run", "begun")
+    if not begun:
+        return "unknown", "unknown", False
+    return begun[0]["at"][:10], begun[0]["commit"], begun[0]["dirty"]
 
 
 def _table(title: str, header: Sequence[str], body: Sequence[Sequence[object]]) -> Iterator[str]:
@@ -115,7 +136,7 @@ def _tests(evidence: Sequence[Row]) -> Iterator[str]:
 def _network(evidence: Sequence[Row]) -> Iterator[str]:
     network = _of(evidence, "network")
     body: list[Sequence[object]] = [
-        (row["what"], row["how"], _time(row["median"]), _time(min(row["seconds"])),
+        (row["what"], row["how"], words.seconds(row["median"]), words.seconds(min(row["seconds"])),
          f"{row['voxels_off_mean']:.2g}, {row['voxels_off_largest']:.2g}")
         for row in network
         if "voxels_off_mean" in row
@@ -129,7 +150,7 @@ def _network(evidence: Sequence[Row]) -> Iterator[str]:
     body = [
         (row["what"], "x".join(map(str, row["image"])), "x".join(map(str, row["weight"])),
          " ".join(f"{name} {value}" for name, value in row["options"].items()), row["count"],
-         _time(row["median"]), row["kernel"][:60])
+         words.seconds(row["median"]), row["kernel"][:60])
         for row in shapes
     ]  # fmt: skip
     header = ("", "image", "weight", "options", "times", "median", "kernel")
@@ -153,7 +174,9 @@ def _timed(evidence: Sequence[Row]) -> Iterator[str]:
             if row.get("bytes") and copies and row["median"]:
                 floor = f"{row['median'] * copies[0]['bytes_per_second'] / row['bytes']:.2f} x"
             memory = f"{row['gpu_peak_gb']:.2f} GB" if row.get("gpu_peak_gb") else ""
-            result = _time(row["median"]) if row["median"] else f"{row['status']}: {row['why']}"
+            result = (
+                words.seconds(row["median"]) if row["median"] else f"{row['status']}: {row['why']}"
+            )
             body.append((row["what"], row["contender"], result, floor, row.get("goal", ""), memory))
         header = ("", "contender", "median", "of the floor", "goal", "peak memory")
         yield from _table(title, header, body)
@@ -172,23 +195,124 @@ def _others(evidence: Sequence[Row]) -> Iterator[str]:
     yield from _table("The rest", ("stage", "", ""), body)
 
 
-def _time(seconds: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+def newest(folder: Path = RESULTS) -> list[Row]:
+    """The evidence that was committed last; empty where none was."""
+    found = [list(read(path)) for path in folder.glob("quarter-*.jsonl")]
+    return max(found, key=lambda evidence: _of(evidence, "run", "begun")[0]["at"], default=[])
+
+
+def section(evidence: Sequence[Row]) -> str:
+    """The README's table; without evidence, that there is none."""
+    body = [*_network_rows(evidence), *_goal_rows(evidence), *_training_rows(evidence)]
+    if not body:
+        return NO_FIGURE
+    date, commit, dirty = _source(evidence)
+    title = f"**{_machine(evidence)['title']}**, {date}, {commit}{', with files changed' * dirty}:"
+    lines = ["| | median | goal | beside | peak memory |", "|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(cell or words.NONE for cell in row)} |" for row in body]
+    return f"{title}\n\n" + "\n".join(lines)
+
+
+def _network_rows(evidence: Sequence[Row]) -> Iterator[Sequence[str]]:
+    """One pair with the weights at rest, beside the same network eager."""
+    medians = {row["what"]: row["median"] for row in _of(evidence, "network") if "how" in row}
+    for what, median in medians.items():
+        kind, precision = what.split(", ")
+        if kind == "folded":
+            eager = medians.get(f"eager, {precision}")
+            beside = (
+                f"{words.times(eager / median)} eager ({words.seconds(eager)})" if eager else ""
+            )
+            yield f"Network, one pair, {precision}", words.seconds(median), "", beside, ""
+
+
+def _goal_rows(evidence: Sequence[Row]) -> Iterator[Sequence[str]]:
+    copies = _of(evidence, "facts", "copy")
+    for what, timed in _contenders(evidence, "goals").items():
+        own = timed.pop(PACKAGE, None)
+        if own is None:
+            continue
+        goal = own["goal"]
+        if own["bytes"] and copies and goal.endswith("floor"):
+            floors = own["median"] * copies[0]["bytes_per_second"] / own["bytes"]
+            goal = f"{floors:.2f} x, asked for {goal}"
+        yield f"Kernel, {what}", words.seconds(own["median"]), goal, _beside(own, timed), ""
+
+
+def _training_rows(evidence: Sequence[Row]) -> Iterator[Sequence[str]]:
+    for timed in _contenders(evidence, "training").values():
+        own = {name: row for name, row in timed.items() if name.startswith(PACKAGE)}
+        others = {name: row for name, row in timed.items() if name not in own}
+        for name, row in own.items():
+            peak = words.size(row["gpu_peak_gb"] * 1e9) if row["gpu_peak_gb"] else ""
+            median = words.seconds(row["median"])
+            yield f"Training step, one pair: {name}", median, "", _beside(row, others), peak
+
+
+def _contenders(evidence: Sequence[Row], stage: str) -> dict[str, dict[str, Row]]:
+    """The rows that were timed, by what was and by contender; of two runs the later."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in _of(evidence, stage):
+        if row.get("status") == "timed":
+            found.setdefault(row["what"], {})[row["contender"]] = row
+    return found
+
+
+def _beside(own: Row, others: dict[str, Row]) -> str:
+    """How many times as fast as the fastest of the others."""
+    if not others:
+        return ""
+    name, best = min(others.items(), key=lambda item: float(item[1]["median"]))
+    times = words.times(best["median"] / own["median"])
+    return f"{times} {name} ({words.seconds(best['median'])})"
+
+
+def commit_to(folder: Path, evidence: Sequence[Row]) -> list[Path]:
+    """Write the evidence and its page under a name of their own.
+
+    Raises:
+        ValueError: nothing in it is of a GPU.
+    """
+    machine = _machine(evidence)
+    begun = _of(evidence, "run", "begun")
+    if not machine.get("gpu") or not begun or any(row["small"] for row in begun):
+        raise ValueError(
+            "the evidence is a rehearsal's or of no known GPU, expected that of make gpu-quarter "
+            "on one; only the page can be made of it: leave --commit-to out"
+        )
+    date, commit, dirty = _source(evidence)
+    stem = f"quarter-{machine['name']}-{date}-{commit}{'-dirty' * dirty}"
+    texts = {
+        "jsonl": "".join(f"{json.dumps(row)}\n" for row in evidence), "md": page(evidence)
+    }  # fmt: skip
+    paths = [folder / f"{stem}.{suffix}" for suffix in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        write_whole(path, text)
+    return paths
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="with evidence.jsonl")
-    parser.add_argument("-o", "--out", type=Path, help="Markdown file (standard output)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="with evidence.jsonl")
+    parser.add_argument("--commit-to", type=Path, metavar="DIR", help="bench/results")
     arguments = parser.parse_args()
-    text = page(rows(arguments.folder))
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    for folder in arguments.folders:
+        if not rows(folder):
+            print(f"error: {folder}: no evidence.jsonl with a row in it, expected the OUT of make "
+                  "gpu-quarter; give that folder", file=sys.stderr)  # fmt: skip
+            return 1
+    evidence = [row for folder in arguments.folders for row in rows(folder)]
+    if arguments.commit_to is None:
+        sys.stdout.write(page(evidence))
+        return 0
+    try:
+        print(*commit_to(arguments.commit_to, evidence), sep="\n")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("now rewrite the README's rows: python bench/report/readme.py")
     return 0
 
 

@@ -13,7 +13,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.record import ROOT, Record, all_records, newest
-from report import accuracy, blocks, text, words
+from report import accuracy, blocks, quarter, text, words
 from report.headlines import Headline, headlines
 from report.markdown import plain
 
@@ -87,7 +87,7 @@ def write(readme: Path) -> None:
 
 
 def _blocks() -> dict[str, str]:
-    found = {"benchmark": section(all_records())}
+    found = {"benchmark": section(all_records()), "gpu": quarter.section(quarter.newest())}
     if (evidence := accuracy.newest("accuracy")) is not None:
         found["accuracy"] = accuracy.section(evidence)
     return found

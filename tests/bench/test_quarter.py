@@ -194,7 +194,7 @@ def test_the_page_of_a_killed_run_says_what_did_not_end(tmp_path: Path) -> None:
     assert "Kernels carried: 128, **of no use** (triton_key, ptxas)." in shown
     assert "| network | not ended |" in shown
     assert "| warp | 1.0e-07 | 2.0e-07 | **no** |" in shown
-    assert "| warp | ulae_rt | 50 us | 2.00 x | 1.25 x the floor |" in shown
+    assert "| warp | ulae_rt | 50.0 µs | 2.00 x | 1.25 x the floor |" in shown
     assert page([]).startswith("# A quarter of an hour on an unknown machine")
 
 

@@ -43,7 +43,8 @@ def help_of(command: str) -> str:
 
 
 def test_length() -> None:
-    assert len(README.splitlines()) <= 150
+    written = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->\n", "", README, flags=re.DOTALL)
+    assert len(written.splitlines()) <= 125  # beside the tables that `bench/report` writes
 
 
 def test_commands_are_used_at_all() -> None:
