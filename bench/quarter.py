@@ -48,12 +48,12 @@ STAGES = (
     Stage("goals", 1, 110, "the kernels that have a goal, beside what a user has today"),
     Stage("training", 1, 70, "a training step, its speed and memory"),
     Stage("counters", 1, 75, "what the hardware counts in ten kernels"),
-    Stage("program", 2, 80, "the .pt2 program, built and timed"),
-    Stage("refinement", 2, 30, "a pair refined on the device"),
-    Stage("large", 2, 40, "more than 2^31 elements"),
-    Stage("goals", 2, 50, "the goals once more"),
+    Stage("program", 2, 75, "the .pt2 program, built and timed"),
+    Stage("refinement", 2, 25, "a pair refined on the device"),
+    Stage("large", 2, 35, "more than 2^31 elements"),
+    Stage("goals", 2, 45, "the goals once more"),
 )
-REHEARSAL_SECONDS = 60
+REHEARSAL_SECONDS = 120
 
 
 def main() -> int:

@@ -54,6 +54,49 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path, cut: int) -> No
     assert names in (["one", "three"], ["one", "two", "three"])
 
 
+ENDLESS = """
+import sys
+from pathlib import Path
+from harness.evidence import Evidence
+evidence = Evidence(Path(sys.argv[1]), "ops")
+number = int(sys.argv[2])
+while True:
+    number += 1
+    # Longer than what a file buffers, so that a line takes several writes.
+    evidence.add("row", number=number, values=[number] * 5000)
+"""
+
+
+def test_rows_outlive_a_kill_at_any_moment(tmp_path: Path) -> None:
+    known: list[int] = []
+    for delay in (0.0, 0.003, 0.007, 0.011, 0.013):
+        last = known[-1] if known else 0
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS, str(tmp_path), str(last)],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "bench")},
+        )
+        deadline = time.monotonic() + 60
+        while not any(row["number"] > last + 3 for row in rows(tmp_path)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        process.wait(30)
+        found = rows(tmp_path)
+        numbers = [row["number"] for row in found]
+        assert numbers[: len(known)] == known
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert all(row["values"] == [row["number"]] * 5000 for row in found)
+        known = numbers
+
+
+@pytest.mark.parametrize(("call", "most"), [(1, 570), (2, 200)])
+def test_the_budgets_fit_into_the_two_commands(call: int, most: int) -> None:
+    """With the seconds that it may take to end each of them."""
+    stages = [stage for stage in quarter.STAGES if stage.call == call]
+    assert sum(stage.seconds + quarter.GRACE_SECONDS for stage in stages) <= most
+
+
 @pytest.fixture
 def fake_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "bench"
@@ -143,7 +186,7 @@ def test_the_rehearsal_runs_every_stage_without_what_is_missing_there(tmp_path: 
     ends = [(row["stage"], row["how"]) for row in known if row["what"] == "stage"]
     log = (out / quarter.LOG).read_text()
     assert ends == [(stage.name, "done") for stage in quarter.STAGES], log[-3000:]
-    assert time.monotonic() - started < 600
+    assert time.monotonic() - started < 600  # under four minutes where nobody else works
     assert not [row for row in known if row["what"] == "failed" or "failed" in row]
     facts = {row["what"]: row for row in known if row["stage"] == "facts"}
     assert facts["copy"]["bytes_per_second"] > 0
