@@ -180,15 +180,23 @@ def test_kernels_as_it_reads_them_are_not_copied(
 # Properties
 
 
+@pytest.mark.parametrize("W", [7, 5])
 @pytest.mark.parametrize("C", [1, 16])
-def test_nan_reaches_what_reads_it(C: int, triton_device: torch.device) -> None:
-    inputs = block((2, C, 5, 6, 7), 3, (1, 2))
-    inputs[0][1, 0, 2, 2, 2] = float("nan")
-    lost = values(inputs, (1, 2), triton_device).isnan()
-    with implementation("reference"):
-        expected = moving_block(*inputs, (1, 2)).isnan()
-    assert torch.equal(lost, expected)
-    assert not lost[0].any()
+def test_what_is_not_finite_reaches_what_reads_it(
+    C: int, W: int, triton_device: torch.device
+) -> None:
+    for value in (float("nan"), float("inf")):
+        # As many channels as a tile has: numpy warns of infinities times those that are not there.
+        inputs = block((2, C, 5, 6, W), 16, (1, 2))
+        inputs[3].abs_()  # or infinities of two signs would cancel
+        inputs[0][1, 0, 2, 2, 2] = value
+        found = values(inputs, (1, 2), triton_device)
+        with implementation("reference"):
+            expected = moving_block(*inputs, (1, 2))
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected.isinf())
+        assert found[0].isfinite().all()
+        assert not found[1].isfinite().all()
 
 
 @pytest.mark.parametrize("C", [1, 16])
