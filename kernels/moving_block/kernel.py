@@ -27,17 +27,24 @@ _FEWEST_CHANNELS, _MOST_CHANNELS = 16, 32
 def _voxels_of(D, H, W, WIDE: tl.constexpr, VOXELS: tl.constexpr):
     """This program's voxels in the result, which of them exist, and where in ``x`` their centres.
 
-    Of those that do not exist every tap is outside ``x``.
+    Those that do not exist take the place of the last one, so that no tap need ask for them.
     """
     chunk = tl.program_id(0)
+    deep, down, across = (D + 1) // 2, (H + 1) // 2, (W + 1) // 2
     if WIDE:
-        chunk = chunk.to(tl.int64)
+        chunk, deep = chunk.to(tl.int64), deep.to(tl.int64)
+    last = deep * down * across - 1
     voxel = chunk * VOXELS + tl.arange(0, VOXELS)
-    down, across = (H + 1) // 2, (W + 1) // 2
+    exists = voxel <= last
+    voxel = tl.minimum(voxel, last)
     row = voxel // across
-    d = row // down
-    exists = d < (D + 1) // 2
-    return voxel, exists, tl.where(exists, 2 * d, -(2**30)), 2 * (row % down), 2 * (voxel % across)
+    return voxel, exists, 2 * (row // down), 2 * (row % down), 2 * (voxel % across)
+
+
+@triton.jit
+def _inside(i, size):
+    """Whether there is an ``i``-th of ``size``: as unsigned numbers, those below 0 are large."""
+    return i.to(tl.uint32) < size.to(tl.uint32)
 
 
 @triton.jit
@@ -102,8 +109,7 @@ def _moving_block_kernel(
         for branch in tl.static_range(len(DILATIONS)):
             dilation = tl.where(row // 9 == branch, DILATIONS[branch], dilation)
         deep, down = (row // 3 % 3 - 1) * dilation, (row % 3 - 1) * dilation
-        z, y = d + deep, h + down
-        there_1 = (z >= 0) & (z < D) & (y >= 0) & (y < H) & (row < rows)
+        there_1 = _inside(d + deep, D) & _inside(h + down, H) & (row < rows)
         there_0, there_2 = there_1 & (w >= dilation), there_1 & (w + dilation < W)
         offset = deep * H + down
         if WIDE:
@@ -130,6 +136,15 @@ def _moving_block_kernel(
 
 
 @triton.jit
+def _reaches(i, OFFSET: tl.constexpr, size):
+    """Whether ``i``, which is one of ``size``, plus OFFSET is."""
+    if OFFSET < 0:
+        return i >= -OFFSET
+    else:
+        return i < size - OFFSET
+
+
+@triton.jit
 def _tap(
     centre_ptr, d, h, w, D, H, W, WIDE: tl.constexpr, DILATION: tl.constexpr, TAP: tl.constexpr
 ):
@@ -137,11 +152,13 @@ def _tap(
     deep: tl.constexpr = (TAP // 9 - 1) * DILATION
     down: tl.constexpr = (TAP // 3 % 3 - 1) * DILATION
     along: tl.constexpr = (TAP % 3 - 1) * DILATION
-    there = (d + deep >= 0) & (d + deep < D) & (TAP < 27)
-    if down:
-        there = there & (h + down >= 0) & (h + down < H)
-    if along:
-        there = there & (w + along >= 0) & (w + along < W)
+    there = TAP < 27
+    if TAP // 9 != 1:
+        there = there & _reaches(d, deep, D)
+    if TAP // 3 % 3 != 1:
+        there = there & _reaches(h, down, H)
+    if TAP % 3 != 1:
+        there = there & _reaches(w, along, W)
     row = deep * H + down
     if WIDE:
         row = row.to(tl.int64)
