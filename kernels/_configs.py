@@ -5,6 +5,7 @@ run time: the first call costs what the thousandth does, and equal machines comp
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -68,10 +69,10 @@ _FLAT = (
     Line(LaunchConfig(tile=(2048,), warps=1), archs=(0,)),
     Line(LaunchConfig(tile=(256,), warps=4)),
 )
-# Slices to march through, and the rows and columns of each.
+# Slices to march through at most, and the rows and columns of each: two voxels a lane.
 _COLUMNS = (
     Line(LaunchConfig(tile=(8, 32, 32), warps=1), archs=(0,)),
-    Line(LaunchConfig(tile=(16, 16, 32), warps=4)),
+    Line(LaunchConfig(tile=(64, 8, 32), warps=4)),
 )
 # Elements: rows of channels by as many voxels as there is room for. The interpreter adds up a
 # column one by one, which would show in float32: short ones.
@@ -153,3 +154,29 @@ def launch_config(kernel: str, width: int, dtype: torch.dtype, arch: int) -> Lau
         if line.fits(width, dtype.itemsize, arch):
             return line.config
     raise AssertionError(f"{kernel}: the last line of the table must have no condition")
+
+
+def slots(multiprocessors: int, registers: int, warps: int) -> int:
+    """Programs that a GPU runs at a time, where ``registers`` a lane is what limits them.
+
+    A multiprocessor has 2^16 registers, given out by eights, and room for 64 warps.
+    """
+    lanes = 2**16 // (-(-registers // 8) * 8)
+    return multiprocessors * max(min(lanes // 32, 64) // warps, 1)
+
+
+@lru_cache(maxsize=1024)
+def march(steps: int, most: int, columns: int, slots: int, extra: int) -> int:
+    """How many of ``steps`` steps along an axis a program takes, ``most`` or fewer.
+
+    There are ``columns`` programs abreast. Where ``slots`` run at a time, all take as long as their
+    waves, and a program as long as its steps and ``extra`` more: the fastest, and of equally fast
+    ones the longest, which repeat least. A program of another number of steps adds up in another
+    order: GPUs of as many multiprocessors compute the same bits.
+    """
+
+    def time(length: int) -> int:
+        waves = -(-columns * -(-steps // length) // slots)
+        return waves * (length + extra)
+
+    return min(range(1, min(steps, most) + 1), key=lambda length: (time(length), -length))

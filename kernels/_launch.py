@@ -115,6 +115,13 @@ def architecture(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(tensor: Tensor) -> int:
+    """Those of its GPU; 1 for Triton's interpreter."""
+    if tensor.device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def allocate(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
     """Contiguous, uninitialised memory on ``like``'s device, which the kernel writes in full.
 

@@ -237,6 +237,7 @@ def measure(arch: int, chosen: Callable[[], Iterator[Case]] = cases) -> list[Res
     as_on_gpu = mock.patch.multiple(
         _launch,
         architecture=lambda tensor: arch,
+        multiprocessors=lambda tensor: 132,  # changes no kernel
         unavailable=lambda device: None,
         uses_triton=lambda tensor: True,
     )

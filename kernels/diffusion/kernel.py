@@ -6,14 +6,21 @@ is read once from memory, whether the loss is asked for, the gradient, or both: 
 float32 59 MB, and 59 MB written for the gradient.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ulae_rt.kernels import _launch
-from ulae_rt.kernels._configs import launch_config
+from ulae_rt.kernels._configs import launch_config, march, slots
 from ulae_rt.kernels._sampling import volume_size
+
+# A lane's on sm_90, at most, to which a test holds the compiler: how many programs run at a time.
+REGISTERS = 56
+# What a program does before its first slice takes as long as this many of them.
+_START = 4
 
 
 @triton.jit
@@ -25,48 +32,47 @@ def _share(size, ACC: tl.constexpr):
 @triton.jit
 def _ratio(a, b, ACC: tl.constexpr):
     if ACC.is_fp64():
-        ratio = a.to(ACC) / b.to(ACC)
+        ratio = tl.cast(a, ACC) / tl.cast(b, ACC)
     else:
-        ratio = tl.div_rn(a.to(ACC), b.to(ACC))
+        ratio = tl.div_rn(tl.cast(a, ACC), tl.cast(b, ACC))
     return ratio
 
 
 @triton.jit
-def _column_of(D, H, W, TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+def _column_of(D, slices, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """Volume, first slice, rows (TILE_H, 1) and columns (1, TILE_W) of this program."""
-    program = tl.program_id(0)
-    across = tl.cdiv(W, TILE_W)
-    down = tl.cdiv(H, TILE_H)
-    deep = tl.cdiv(D, TILE_D)
-    w = (program % across) * TILE_W + tl.arange(0, TILE_W)[None, :]
-    program = program // across
-    h = (program % down) * TILE_H + tl.arange(0, TILE_H)[:, None]
-    program = program // down
-    return (program // deep).to(tl.int64), (program % deep) * TILE_D, h, w
+    deep = tl.cdiv(D, slices)
+    volume = (tl.program_id(0) // deep).to(tl.int64)
+    first = tl.program_id(0) % deep * slices
+    w = tl.program_id(1) * TILE_W + tl.arange(0, TILE_W)[None, :]
+    h = tl.program_id(2) * TILE_H + tl.arange(0, TILE_H)[:, None]
+    return volume, first, h, w
 
 
-@triton.jit(do_not_specialize=["divisor", "D", "H", "W"])
+@triton.jit
+def _slice(ptr, d, plane, mask, ACC: tl.constexpr):
+    """The voxels at ``ptr`` of slice ``d``, 0 where there are none."""
+    return tl.load(ptr + d * plane, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit(do_not_specialize=["divisor", "D", "H", "slices"])
 def _diffusion_kernel(
-    disp_ptr, weight_ptr, partials_ptr, grad_ptr, divisor, D, H, W,
+    disp_ptr, weight_ptr, partials_ptr, grad_ptr, divisor, D, H, W, slices,
     LOSS: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr,
-    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     """Per program, the squared differences, each times its axis' share; and the gradient.
 
-    What would lie outside the volume is the voxel itself: its difference is 0, and no load needs
-    a mask.
+    A neighbour outside the volume is the voxel itself: its difference is 0.
     """
-    volume, first, h, w = _column_of(D, H, W, TILE_D, TILE_H, TILE_W)
+    volume, first, h, w = _column_of(D, slices, TILE_H, TILE_W)
     mask = (h < H) & (w < W)
-    h = tl.minimum(h, H - 1)
-    w = tl.minimum(w, W - 1)
-    at = h * W + w
-    at_up_h = tl.minimum(h + 1, H - 1) * W + w
-    at_down_h = tl.maximum(h - 1, 0) * W + w
-    at_up_w = h * W + tl.minimum(w + 1, W - 1)
-    at_down_w = h * W + tl.maximum(w - 1, 0)
-    start = volume * volume_size(D, H, W)
+    above = mask & (h > 0)
+    below = mask & (h + 1 < H)
+    left = mask & (w > 0)
+    right = mask & (w + 1 < W)
     plane = H.to(tl.int64) * W
+    start = volume * volume_size(D, H, W) + (h * W + w)
     source = disp_ptr + start
     share_d, share_h, share_w = _share(D, ACC), _share(H, ACC), _share(W, ACC)
     if GRAD:
@@ -76,31 +82,37 @@ def _diffusion_kernel(
     squares_d = tl.zeros([TILE_H, TILE_W], ACC)
     squares_h = tl.zeros([TILE_H, TILE_W], ACC)
     squares_w = tl.zeros([TILE_H, TILE_W], ACC)
-    here = tl.load(source + first * plane + at).to(ACC)
-    after = tl.load(source + tl.minimum(first + 1, D - 1) * plane + at).to(ACC)
-    last_d = here - tl.load(source + tl.maximum(first - 1, 0) * plane + at).to(ACC)
-    for d in range(first, tl.minimum(first + TILE_D, D)):
-        # Two slices ahead, so that its way from memory is the length of an iteration.
-        ahead = tl.load(source + tl.minimum(d + 2, D - 1) * plane + at).to(ACC)
-        slice_ptr = source + d * plane
+    end = tl.minimum(first + slices, D)
+    last = tl.minimum(end, D - 1)
+    here = _slice(source, first, plane, mask, ACC)
+    after = _slice(source, tl.minimum(first + 1, last), plane, mask, ACC)
+    ahead = _slice(source, tl.minimum(first + 2, last), plane, mask, ACC)
+    last_d = here - _slice(source, tl.maximum(first - 1, 0), plane, mask, ACC)
+    for d in range(first, end):
+        # Two iterations before it is needed, as long as its way from memory.
+        third = _slice(source, tl.minimum(d + 3, last), plane, mask, ACC)
+        at_ptr = source + d * plane
         up_d = after - here
-        up_h = tl.load(slice_ptr + at_up_h).to(ACC) - here
-        up_w = tl.load(slice_ptr + at_up_w).to(ACC) - here
+        up_h = tl.load(at_ptr + W, mask=below, other=here).to(ACC) - here
+        up_w = tl.load(at_ptr + 1, mask=right, other=here).to(ACC) - here
         if LOSS:
             squares_d += up_d * up_d
             squares_h += up_h * up_h
             squares_w += up_w * up_w
         if GRAD:
-            last_h = here - tl.load(slice_ptr + at_down_h).to(ACC)
-            last_w = here - tl.load(slice_ptr + at_down_w).to(ACC)
+            last_h = here - tl.load(at_ptr - W, mask=above, other=here).to(ACC)
+            last_w = here - tl.load(at_ptr - 1, mask=left, other=here).to(ACC)
             grad = by_d * (up_d - last_d) + by_h * (up_h - last_h) + by_w * (up_w - last_w)
-            tl.store(grad_ptr + start + d * plane + at, grad, mask=mask)
+            tl.store(grad_ptr + start + d * plane, grad, mask=mask)
         last_d = up_d
         here = after
         after = ahead
+        ahead = third
     if LOSS:
         squares = share_d * squares_d + share_h * squares_h + share_w * squares_w
-        tl.store(partials_ptr + tl.program_id(0), tl.sum(tl.where(mask, squares, 0.0)))
+        row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+        program = row * tl.num_programs(0) + tl.program_id(0)
+        tl.store(partials_ptr + program, tl.sum(squares))
 
 
 @triton.jit(do_not_specialize=["programs", "divisor"])
@@ -123,20 +135,24 @@ def launch(
     disp = disp.contiguous()
     batch, components, D, H, W = disp.shape
     config = launch_config("diffusion", W, disp.dtype, _launch.architecture(disp))
-    blocks = [triton.cdiv(size, tile) for size, tile in zip((D, H, W), config.tile, strict=True)]
-    programs = batch * components * blocks[0] * blocks[1] * blocks[2]
+    longest, *tile = config.tile
+    down, across = triton.cdiv(H, tile[0]), triton.cdiv(W, tile[1])
+    volumes = batch * components
+    at_a_time = slots(_launch.multiprocessors(disp), REGISTERS, config.warps)
+    slices = march(D, longest, volumes * down * across, at_a_time, _START)
+    grid = (volumes * triton.cdiv(D, slices), across, down)
+    programs = math.prod(grid)
     divisor = 3 * disp.numel()  # three axes, each a mean over all elements
     accumulate = _launch.compute_dtype(disp)
     partials = _launch.allocate((programs,), accumulate, disp) if need_loss else disp
     grad = None if weight is None else _launch.allocate(disp.shape, disp.dtype, disp)
     loss = _launch.allocate((), accumulate, disp) if need_loss else None
     with torch.cuda.device_of(disp):
-        _diffusion_kernel[(programs,)](
+        _diffusion_kernel[grid](
             disp, disp if weight is None else weight, partials, disp if grad is None else grad,
-            divisor, D, H, W,
+            divisor, D, H, W, slices,
             LOSS=need_loss, GRAD=grad is not None, ACC=_launch.compute_type(disp),
-            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
-            num_warps=config.warps,
+            TILE_H=tile[0], TILE_W=tile[1], num_warps=config.warps,
         )  # fmt: skip
         if loss is not None:
             config = launch_config("diffusion_sum", W, disp.dtype, _launch.architecture(disp))

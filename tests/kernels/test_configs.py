@@ -9,7 +9,7 @@ import torch
 
 from _support.project import modules
 from ulae_rt.kernels import _configs
-from ulae_rt.kernels._configs import TABLE, LaunchConfig, Line, launch_config
+from ulae_rt.kernels._configs import TABLE, LaunchConfig, Line, launch_config, march, slots
 
 ARCHITECTURES = (0, 75, 80, 86, 89, 90, 100, 103, 120)
 DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -100,6 +100,42 @@ def test_table_without_a_last_line_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(_configs.TABLE, "toy", (Line(config, archs=(80,)),))
     with pytest.raises(AssertionError, match="last line"):
         launch_config("toy", 1, torch.float32, 90)
+
+
+def test_programs_at_a_time_by_their_registers() -> None:
+    assert slots(132, 128, 4) == 132 * 4
+    assert slots(132, 121, 4) == 132 * 4  # registers come by eights
+    assert slots(132, 129, 4) == 132 * 3
+    assert slots(132, 24, 4) == 132 * 16  # no more than 64 warps
+    assert slots(132, 255, 16) == 132  # one, however large
+    assert slots(1, 56, 4) == 9
+
+
+def test_a_march_fills_whole_waves() -> None:
+    # 360 programs abreast, 1,188 at a time: three stretches of 54 slices are one wave.
+    assert march(160, 64, 360, 1188, 4) == 54
+    # Two waves of shorter ones, where the longest allowed are too many for one.
+    assert march(160, 32, 360, 1188, 4) == 27
+    # Where programs are few, they are short, so that all multiprocessors have some.
+    assert march(160, 64, 2, 1188, 4) == 1
+    # Where there are many whatever is done, they repeat as little as they can.
+    assert march(160, 64, 100_000, 1188, 4) == 54
+    assert march(1, 64, 7, 3, 1) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 15, 160])
+@pytest.mark.parametrize("columns", [1, 200, 360, 4000])
+def test_no_march_is_faster(steps: int, columns: int) -> None:
+    most, at_a_time, extra = 8, 396, 1
+    chosen = march(steps, most, columns, at_a_time, extra)
+    assert 1 <= chosen <= min(steps, most)
+    assert chosen == march(steps, most, columns, at_a_time, extra)
+
+    def time(length: int) -> int:
+        programs = columns * math.ceil(steps / length)
+        return math.ceil(programs / at_a_time) * (length + extra)
+
+    assert time(chosen) == min(time(length) for length in range(1, min(steps, most) + 1))
 
 
 def autotuned(source: str) -> bool:

@@ -10,7 +10,7 @@ from _support.kernels import assert_kernel_as_good, implementation, run
 from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import noise
 from ulae_rt.errors import BackendUnavailable, DtypeError, ShapeError
-from ulae_rt.kernels import diffusion, diffusion_with_gradient
+from ulae_rt.kernels import _launch, diffusion, diffusion_with_gradient
 
 SHAPES = [
     (1, 3, 1, 1, 1),
@@ -35,6 +35,15 @@ def field(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradient(shape: tuple[int, ...], triton_device: torch.device) -> None:
     assert_kernel_as_good("diffusion", diffusion, [field(shape)], triton_device)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_marches_of_every_length(
+    multiprocessors: int, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more programs run at a time, each has fewer slices: here 3 and 1."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda tensor: multiprocessors)
+    assert_kernel_as_good("diffusion", diffusion, [field((1, 3, 9, 34, 33))], triton_device)
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)

@@ -14,6 +14,7 @@ import pytest
 from _support.project import modules
 from ulae_rt.errors import BackendUnavailable
 from ulae_rt.kernels import _launch, resources
+from ulae_rt.kernels._configs import slots
 from ulae_rt.kernels.resources import ARCHITECTURES, Resources
 
 needs_triton = pytest.mark.skipif(not _launch.TRITON_INSTALLED, reason="triton is not installed")
@@ -113,6 +114,18 @@ def test_lanes_read_neighbours_at_once_and_corners_one_by_one(rows: list[Resourc
         assert (row.loads, row.stores) == ({32: 8 * voxels, 64: 3}, {64: 1})
 
 
+@needs_triton
+@pytest.mark.slow
+def test_diffusion_runs_as_many_programs_at_a_time_as_it_is_cut_for(rows: list[Resources]) -> None:
+    from ulae_rt.kernels.diffusion.kernel import REGISTERS
+
+    found = [row for row in rows if row.kernel == "_diffusion_kernel" and row.arch == 90]
+    assert max(row.registers for row in found) <= REGISTERS < 64
+    both = next(row for row in found if row.case == "diffusion, with gradient")
+    assert slots(1, both.registers, both.warps) == slots(1, REGISTERS, both.warps)
+    assert (both.loads, both.stores) == ({32: 5, 64: 7}, {32: 1, 64: 1})
+
+
 WIDTHS = """
 import torch
 from functools import partial
@@ -130,6 +143,7 @@ def cases():
         yield resources.Case(f"nearest {width}", nearest, (image, disp), needs=(True, False))
         yield resources.Case(f"compose {width}", kernels.compose, (disp, disp))
         yield resources.Case(f"warp_compose {width}", kernels.warp_compose, (image, disp, disp))
+        yield resources.Case(f"diffusion {width}", kernels.diffusion_with_gradient, (disp,))
         if width % 2 == 0:
             warp = partial(kernels.warp, factor=2)
             yield resources.Case(f"coarse {width}", warp, (image, coarse))
