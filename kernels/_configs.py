@@ -97,10 +97,10 @@ _SUMS = (
     Line(LaunchConfig(tile=(1024,), warps=1), archs=(0,)),
     Line(LaunchConfig(tile=(4096,), warps=8)),
 )
-# Slices a program marches over, and lanes that do; see lncc/kernel.py.
+# Slices a program marches over at most, and lanes that do; see lncc/kernel.py.
 _MARCH = (
     Line(LaunchConfig(tile=(8, 1024), warps=1), archs=(0,)),
-    Line(LaunchConfig(tile=(32, 128), warps=4)),
+    Line(LaunchConfig(tile=(128, 128), warps=4)),
 )
 # Parts that the taps are dealt out to, and elements: channels of as many voxels as there is room
 # for. 20x24x20 voxels of 32 channels are 75 tiles of 128, too few for a GPU: there short tiles, and
@@ -156,27 +156,34 @@ def launch_config(kernel: str, width: int, dtype: torch.dtype, arch: int) -> Lau
     raise AssertionError(f"{kernel}: the last line of the table must have no condition")
 
 
-def slots(multiprocessors: int, registers: int, warps: int) -> int:
-    """Programs that a GPU runs at a time, where ``registers`` a lane is what limits them.
+def resident(registers: int, warps: int, arch: int) -> int:
+    """Programs that a multiprocessor runs at a time, where ``registers`` a lane are what limits it.
 
-    A multiprocessor has 2^16 registers, given out by eights, and room for 64 warps.
+    It has 2^16 registers, given out by eights, and room for 64 warps. The interpreter runs one.
     """
+    if arch == 0:
+        return 1
     lanes = 2**16 // (-(-registers // 8) * 8)
-    return multiprocessors * max(min(lanes // 32, 64) // warps, 1)
+    return max(min(lanes // 32, 64) // warps, 1)
 
 
 @lru_cache(maxsize=1024)
-def march(steps: int, most: int, columns: int, slots: int, extra: int) -> int:
+def march(
+    steps: int, most: int, columns: int, multiprocessors: int, resident: int, extra: int
+) -> int:
     """How many of ``steps`` steps along an axis a program takes, ``most`` or fewer.
 
-    There are ``columns`` programs abreast. Where ``slots`` run at a time, all take as long as their
-    waves, and a program as long as its steps and ``extra`` more: the fastest, and of equally fast
-    ones the longest, which repeat least. A program of another number of steps adds up in another
-    order: GPUs of as many multiprocessors compute the same bits.
+    There are ``columns`` programs abreast, and a program takes as long as its steps and ``extra``
+    more. The multiprocessor with most programs runs them in waves of ``resident``; a wave that is
+    not full is limited half by its programs' latency, as if it were, and half by their number.
+    Chosen is the fastest, and of equally fast ones the longest, which repeat least. GPUs with as
+    many multiprocessors choose alike, and so add up in the same order.
     """
 
     def time(length: int) -> int:
-        waves = -(-columns * -(-steps // length) // slots)
+        programs = -(-columns * -(-steps // length) // multiprocessors)
+        full, rest = divmod(programs, resident)
+        waves = 2 * resident * full + (resident + rest if rest else 0)
         return waves * (length + extra)
 
     return min(range(1, min(steps, most) + 1), key=lambda length: (time(length), -length))

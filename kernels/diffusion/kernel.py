@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ulae_rt.kernels import _launch
-from ulae_rt.kernels._configs import launch_config, march, slots
+from ulae_rt.kernels._configs import launch_config, march, resident
 from ulae_rt.kernels._sampling import volume_size
 
-# A lane's on sm_90, at most, to which a test holds the compiler: how many programs run at a time.
+# A lane's on sm_90, at most, to which a test holds the compiler: how many programs fit at a time.
 REGISTERS = 56
 # What a program does before its first slice takes as long as this many of them.
 _START = 4
@@ -134,12 +134,15 @@ def launch(
     """
     disp = disp.contiguous()
     batch, components, D, H, W = disp.shape
-    config = launch_config("diffusion", W, disp.dtype, _launch.architecture(disp))
+    arch = _launch.architecture(disp)
+    config = launch_config("diffusion", W, disp.dtype, arch)
     longest, *tile = config.tile
     down, across = triton.cdiv(H, tile[0]), triton.cdiv(W, tile[1])
     volumes = batch * components
-    at_a_time = slots(_launch.multiprocessors(disp), REGISTERS, config.warps)
-    slices = march(D, longest, volumes * down * across, at_a_time, _START)
+    slices = march(
+        D, longest, volumes * down * across, _launch.multiprocessors(disp),
+        resident(REGISTERS, config.warps, arch), _START,
+    )  # fmt: skip
     grid = (volumes * triton.cdiv(D, slices), across, down)
     programs = math.prod(grid)
     divisor = 3 * disp.numel()  # three axes, each a mean over all elements
@@ -155,7 +158,7 @@ def launch(
             TILE_H=tile[0], TILE_W=tile[1], num_warps=config.warps,
         )  # fmt: skip
         if loss is not None:
-            config = launch_config("diffusion_sum", W, disp.dtype, _launch.architecture(disp))
+            config = launch_config("diffusion_sum", W, disp.dtype, arch)
             _diffusion_sum_kernel[(1,)](
                 partials, loss, programs, divisor, TILE=config.tile[0], num_warps=config.warps
             )

@@ -4,7 +4,7 @@ A window's w^3 sums are taken one axis after the other, each by a march: a lane 
 axis in blocks of w slices and keeps the last block's sums from each slice to the block's end
 (``suffix``), and this block's sum so far (``prefix``). One of each, added, is the sum of w
 consecutive slices. Nothing is ever subtracted from a sum: no drift. A program of b blocks reads
-one more than it has outputs for.
+one more than it has outputs for; b is such that the programs fill whole waves of the GPU.
 
 Per window, with V voxels (one gradient; both have 5 maps where it has 3):
 
@@ -15,8 +15,8 @@ Per window, with V voxels (one gradient; both have 5 maps where it has 3):
 
 These 28 V are 550 MB for 160x192x160 in float32: 0.13 ms at 4.3 TB/s, and 0.38 ms for three
 windows. The forward pass alone is the first two kernels without the maps, 12 V. Loads a voxel that
-hit the caches: (1 + 1/b) w of each of 2 images in ``planes`` and of 3 maps in ``gradient``, 29 and
-44 at w = 11 and b = 3, or 20 and 30 us at one a clock on 132 multiprocessors; they and the bytes
+hit the caches: (1 + 1/b) w of each of 2 images in ``planes`` and of 3 maps in ``gradient``, 25 and
+39 at w = 11, b = 8 and 6, or 17 and 26 us at one a clock on 132 multiprocessors; they and the bytes
 overlap. The temporary maps, 5 V for the sums and 3 or 5 V for the adjoint ones, are used again by
 the next window.
 
@@ -38,10 +38,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ulae_rt.kernels import _launch
-from ulae_rt.kernels._configs import LaunchConfig, launch_config
+from ulae_rt.kernels._configs import LaunchConfig, launch_config, march, resident
 
 # Of x, y, xy, x^2 and y^2.
 SUMS = tl.constexpr(5)
+# A lane's on sm_90 by window, with the gradient to one image; a test holds the compiler to them.
+# How many programs fit at a time follows, and from it the blocks of each: no result depends on it
+# but the order in which the programs' scores are added up.
+REGISTERS = {
+    "lncc_planes": {11: 128, 9: 88, 7: 72},
+    "lncc_score": {11: 160, 9: 128, 7: 120},
+    "lncc_spread_planes": {11: 32, 9: 32, 7: 32},
+    "lncc_gradient": {11: 96, 9: 96, 7: 80},
+}
+# Of other windows, which nothing asks for yet.
+_SOME_REGISTERS = 128
 
 
 @triton.jit
@@ -442,12 +453,6 @@ def _lncc_gradient_kernel(
         start += WINDOW
 
 
-def _march(size: int, window: int, config: LaunchConfig) -> tuple[int, int]:
-    """Blocks a program along an axis of ``size``, and how many programs cover it."""
-    blocks = triton.cdiv(min(size, config.tile[0]), window)
-    return blocks, triton.cdiv(size, blocks * window)
-
-
 class _Volumes:
     """Two volumes and the temporary maps of one window, which the next one uses again."""
 
@@ -470,22 +475,32 @@ class _Volumes:
             "TILE": config.tile[1], "num_warps": config.warps,
         }  # fmt: skip
 
-    def config(self, kernel: str) -> LaunchConfig:
+    def march(
+        self, kernel: str, window: int, size: int, across: int, maps: int = 1
+    ) -> tuple[LaunchConfig, int, int]:
+        """Along an axis of ``size``, ``across`` lanes abreast in each volume or each of its maps.
+
+        The configuration, the blocks of a program, and how many programs there are.
+        """
         arch = _launch.architecture(self.x)
-        return launch_config(kernel, self.sizes[2], self.dtype, arch)
+        config = launch_config(kernel, self.sizes[2], self.dtype, arch)
+        longest, lanes = config.tile
+        columns = self.count * maps * triton.cdiv(across, lanes)
+        blocks = march(
+            triton.cdiv(size, window), triton.cdiv(min(size, longest), window), columns,
+            _launch.multiprocessors(self.x),
+            resident(REGISTERS[kernel].get(window, _SOME_REGISTERS), config.warps, arch), 1,
+        )  # fmt: skip
+        return config, blocks, columns * triton.cdiv(size, blocks * window)
 
     def score(self, window: int, eps: float, scales: Tensor | None, index: int) -> Tensor:
         """Sum of cc over all voxels, float64; the adjoint maps where there is room for them."""
         D, H, W = self.sizes
-        config = self.config("lncc_planes")
-        blocks, chunks = _march(D, window, config)
-        programs = self.count * chunks * triton.cdiv(H * W, config.tile[1])
+        config, blocks, programs = self.march("lncc_planes", window, D, H * W)
         _lncc_planes_kernel[(programs,)](
             self.x, self.y, self.sums, D, H, W, blocks, **self.options(window, config)
         )
-        config = self.config("lncc_score")
-        blocks, chunks = _march(H, window, config)
-        programs = self.count * chunks * triton.cdiv(D * W, config.tile[1])
+        config, blocks, programs = self.march("lncc_score", window, H, D * W)
         partial = _launch.allocate((programs,), self.dtype, self.x)
         _lncc_score_kernel[(programs,)](
             self.x, self.y, self.sums, partial, self.adjoint,
@@ -499,16 +514,12 @@ class _Volumes:
         D, H, W = self.sizes
         # The five sums have been used, and are at least as many.
         spread = self.sums
-        config = self.config("lncc_spread_planes")
-        blocks, chunks = _march(D, window, config)
-        programs = self.count * self.maps * chunks * triton.cdiv(H * W, config.tile[1])
+        config, blocks, programs = self.march("lncc_spread_planes", window, D, H * W, self.maps)
         _lncc_spread_planes_kernel[(programs,)](
             self.adjoint, spread, D, H, W, blocks,
             MAPS=self.maps, **self.options(window, config),
         )  # fmt: skip
-        config = self.config("lncc_gradient")
-        blocks, chunks = _march(H, window, config)
-        programs = self.count * chunks * triton.cdiv(D * W, config.tile[1])
+        config, blocks, programs = self.march("lncc_gradient", window, H, D * W)
         _lncc_gradient_kernel[(programs,)](
             self.x, self.y, spread, sums[0], sums[-1], outs[0], outs[-1], D, H, W, blocks,
             MAPS=self.maps, FIRST=first, **self.options(window, config),

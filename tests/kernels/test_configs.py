@@ -9,7 +9,7 @@ import torch
 
 from _support.project import modules
 from ulae_rt.kernels import _configs
-from ulae_rt.kernels._configs import TABLE, LaunchConfig, Line, launch_config, march, slots
+from ulae_rt.kernels._configs import TABLE, LaunchConfig, Line, launch_config, march, resident
 
 ARCHITECTURES = (0, 75, 80, 86, 89, 90, 100, 103, 120)
 DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -103,39 +103,36 @@ def test_table_without_a_last_line_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_programs_at_a_time_by_their_registers() -> None:
-    assert slots(132, 128, 4) == 132 * 4
-    assert slots(132, 121, 4) == 132 * 4  # registers come by eights
-    assert slots(132, 129, 4) == 132 * 3
-    assert slots(132, 24, 4) == 132 * 16  # no more than 64 warps
-    assert slots(132, 255, 16) == 132  # one, however large
-    assert slots(1, 56, 4) == 9
+    assert resident(128, 4, 90) == 4
+    assert resident(121, 4, 90) == 4  # registers come by eights
+    assert resident(129, 4, 90) == 3
+    assert resident(24, 4, 90) == 16  # no more than 64 warps
+    assert resident(255, 16, 90) == 1  # one, however large
+    assert resident(56, 4, 90) == 9
+    assert resident(56, 1, 0) == 1  # the interpreter
 
 
 def test_a_march_fills_whole_waves() -> None:
-    # 360 programs abreast, 1,188 at a time: three stretches of 54 slices are one wave.
-    assert march(160, 64, 360, 1188, 4) == 54
-    # Two waves of shorter ones, where the longest allowed are too many for one.
-    assert march(160, 32, 360, 1188, 4) == 27
-    # Where programs are few, they are short, so that all multiprocessors have some.
-    assert march(160, 64, 2, 1188, 4) == 1
+    # 360 programs abreast, nine at a time on each of 132: three stretches of 54 are one wave.
+    assert march(160, 64, 360, 132, 9, 4) == 54
+    # Where the longest allowed are too many for one wave, two of shorter ones.
+    assert march(160, 32, 360, 132, 9, 4) == 27
+    # Where programs are few, they are short, so that every multiprocessor has some.
+    assert march(160, 64, 2, 132, 9, 4) == 1
     # Where there are many whatever is done, they repeat as little as they can.
-    assert march(160, 64, 100_000, 1188, 4) == 54
-    assert march(1, 64, 7, 3, 1) == 1
+    assert march(160, 64, 100_000, 132, 9, 4) == 54
+    assert march(1, 64, 7, 1, 3, 1) == 1
+    # LNCC's score at window 11 took three blocks: 1,200 programs, three waves and 12 programs.
+    assert march(18, 12, 200, 132, 3, 1) == 6
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 15, 160])
 @pytest.mark.parametrize("columns", [1, 200, 360, 4000])
-def test_no_march_is_faster(steps: int, columns: int) -> None:
-    most, at_a_time, extra = 8, 396, 1
-    chosen = march(steps, most, columns, at_a_time, extra)
-    assert 1 <= chosen <= min(steps, most)
-    assert chosen == march(steps, most, columns, at_a_time, extra)
-
-    def time(length: int) -> int:
-        programs = columns * math.ceil(steps / length)
-        return math.ceil(programs / at_a_time) * (length + extra)
-
-    assert time(chosen) == min(time(length) for length in range(1, min(steps, most) + 1))
+def test_a_march_is_one_that_can_be_launched(steps: int, columns: int) -> None:
+    for most in (1, 8, 64):
+        chosen = march(steps, most, columns, 132, 3, 1)
+        assert 1 <= chosen <= min(steps, most)
+        assert chosen == march.__wrapped__(steps, most, columns, 132, 3, 1)
 
 
 def autotuned(source: str) -> bool:

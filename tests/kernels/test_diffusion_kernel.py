@@ -41,7 +41,7 @@ def test_value_and_gradient(shape: tuple[int, ...], triton_device: torch.device)
 def test_marches_of_every_length(
     multiprocessors: int, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where more programs run at a time, each has fewer slices: here 3 and 1."""
+    """Where more programs run at a time, each has fewer slices: in the interpreter 5 and 1."""
     monkeypatch.setattr(_launch, "multiprocessors", lambda tensor: multiprocessors)
     assert_kernel_as_good("diffusion", diffusion, [field((1, 3, 9, 34, 33))], triton_device)
 

@@ -70,6 +70,23 @@ def test_a_window_longer_than_the_march(triton_device: torch.device) -> None:
     assert_close("means", found.cpu(), expected, TOL["lncc float32"])
 
 
+def test_longer_marches_change_no_gradient(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every program's blocks begin where others' do: only the scores' sum has another order."""
+    from ulae_rt.kernels.lncc import kernel
+
+    inputs = pair((1, 2, 11, 10, 3))
+    found = {}
+    for blocks in (1, 2, 4):
+        monkeypatch.setattr(kernel, "march", lambda steps, most, *_, n=blocks: min(n, steps))
+        found[blocks] = run(windowed(3), inputs, choice="triton", device=triton_device)
+    for blocks in (1, 2):
+        assert_close("mean", found[blocks][0], found[4][0], TOL["lncc float32"])
+        for a, b in zip(found[blocks][1:], found[4][1:], strict=True):
+            assert_equal("gradient", a, b)
+
+
 def test_wide_offsets_change_nothing(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from _support.project import modules
 from ulae_rt.errors import BackendUnavailable
 from ulae_rt.kernels import _launch, resources
-from ulae_rt.kernels._configs import slots
+from ulae_rt.kernels._configs import resident
 from ulae_rt.kernels.resources import ARCHITECTURES, Resources
 
 needs_triton = pytest.mark.skipif(not _launch.TRITON_INSTALLED, reason="triton is not installed")
@@ -116,13 +116,29 @@ def test_lanes_read_neighbours_at_once_and_corners_one_by_one(rows: list[Resourc
 
 @needs_triton
 @pytest.mark.slow
+def test_lncc_runs_as_many_programs_at_a_time_as_it_is_cut_for(rows: list[Resources]) -> None:
+    from ulae_rt.kernels.lncc.kernel import REGISTERS
+
+    for kernel, windows in REGISTERS.items():
+        for window, registers in windows.items():
+            (row,) = (
+                row for row in rows
+                if (row.kernel, row.case, row.arch, row.forward)
+                == (f"_{kernel}_kernel", f"lncc, window {window}", 90, kernel == "lncc_planes")
+            )  # fmt: skip
+            fits = resident(row.registers, row.warps, 90)
+            assert fits == resident(registers, row.warps, 90), (kernel, window, row.registers)
+
+
+@needs_triton
+@pytest.mark.slow
 def test_diffusion_runs_as_many_programs_at_a_time_as_it_is_cut_for(rows: list[Resources]) -> None:
     from ulae_rt.kernels.diffusion.kernel import REGISTERS
 
     found = [row for row in rows if row.kernel == "_diffusion_kernel" and row.arch == 90]
     assert max(row.registers for row in found) <= REGISTERS < 64
     both = next(row for row in found if row.case == "diffusion, with gradient")
-    assert slots(1, both.registers, both.warps) == slots(1, REGISTERS, both.warps)
+    assert resident(both.registers, both.warps, 90) == resident(REGISTERS, both.warps, 90)
     assert (both.loads, both.stores) == ({32: 5, 64: 7}, {32: 1, 64: 1})
 
 
