@@ -33,6 +33,10 @@ from suites import kernels as kernel_suite
 from suites import network as network_suite
 from ulae_rt.kernels import _launch, resources
 from ulae_rt.losses import registration_loss
+from ulae_rt.model import blocks
+from ulae_rt.model.blocks import channel_multiple
+from ulae_rt.model.checkpoint import PRECISIONS
+from ulae_rt.model.program import InferenceProgram
 from ulae_rt.refinement import refine, schedule
 
 Form = Callable[[], object]
@@ -48,10 +52,11 @@ def forms() -> Iterator[tuple[str, Form]]:
         yield f"op {name}", partial(op, name, FULL)
     for name, row in kernel_suite.all_rows().items():
         yield f"row {name}", partial(row_once, row)
-    for precision in (torch.float16, torch.bfloat16, None):
-        yield f"network {precision}", partial(predict, precision)
-        if precision is not torch.float16:  # training has the other two
-            yield f"training {precision}", partial(train, precision)
+    for name, dtype in PRECISIONS.items():
+        for fused in (False, True):
+            yield f"network {name}{', fused' * fused}", partial(predict, name, fused)
+        if name != "fp16":  # training has the other two
+            yield f"training {name}", partial(train, dtype)
     yield "refinement", refine_once
 
 
@@ -72,11 +77,12 @@ def row_once(row: kernel_suite.Row) -> None:
         outputs_of(row.call(*inputs))
 
 
-def predict(precision: torch.dtype | None) -> None:
-    """One pair through the network."""
-    net = network_suite.package("paper", precision)
+def predict(precision: str, fused: bool) -> None:
+    """One pair through the network, as weights are run."""
+    multiple = on_gpu(PRECISIONS[precision] or torch.float32)
+    net = network_suite.package("paper", None)
     with torch.inference_mode():
-        net.predict(*pair())
+        InferenceProgram(net, precision, multiple, fused=fused)(*pair())
 
 
 def train(precision: torch.dtype | None) -> None:
@@ -95,6 +101,11 @@ def refine_once() -> None:
 def pair() -> tuple[Tensor, Tensor]:
     moving, fixed = (torch.zeros(1, 1, *FULL) for _ in range(2))
     return moving, fixed
+
+
+def on_gpu(dtype: torch.dtype, _device: str = "cuda") -> int:
+    """What `channel_multiple` says of a GPU."""
+    return channel_multiple(dtype, "cuda")
 
 
 class _Unfilled(torch.autograd.Function):
@@ -175,6 +186,7 @@ def compile_forms(chosen: Iterable[tuple[str, Form]], arch: int) -> Compiled:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(F, "conv3d", unfilled_conv3d),
+        mock.patch.object(blocks, "channel_multiple", on_gpu),
         as_on_gpu,
         stand_in_libcuda(),
     ):
