@@ -76,6 +76,9 @@ kernel-table: $(STAMP)  ## compile the kernels for every GPU and show what each 
 # A borrowed GPU machine has torch, triton, numpy, pytest and pytest-benchmark, and nothing can be
 # installed on it: build/path shows the four folders as the one package that an installation would
 # make. Its versions are its own: what they warn of is shown, and fails nothing.
+# Where the copy of the files has no git history, ULAE_RT_COMMIT says which commit it is of, as
+# git describe --always --dirty --abbrev=9 --exclude='*' prints it. Records of bench-gpu and tune-gpu
+# go to bench/results, or to the folder that ULAE_RT_EVIDENCE names.
 BARE_PYTEST = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/path" python3 -m pytest -W default
 # What the kernels are tested by, and imports no more than that machine has.
 GPU_ALONE = tests/kernels/test_gpu.py
@@ -103,8 +106,6 @@ BARE_PYTHON = PYTHONSAFEPATH=1 PYTHONPATH="$(BARE_PATH)" python3
 tune-gpu: build/path  ## measure launch configurations and propose lines for kernels/_configs.py
 	$(BARE_PYTHON) bench/tune.py $(ARGS)
 
-# Where the copy of the files has no git history, ULAE_RT_COMMIT says which commit it is of:
-# ULAE_RT_COMMIT=$$(git describe --always --dirty --abbrev=9 --exclude='*'), taken where it has one.
 OUT = build/quarter
 gpu-quarter: build/path  ## the most valuable evidence of a GPU in a quarter of an hour: CALL=1, then CALL=2
 	$(BARE_PYTHON) bench/quarter.py --out $(OUT) $(if $(CALL),--call $(CALL)) $(ARGS)

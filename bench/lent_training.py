@@ -125,8 +125,10 @@ def main() -> int:
         if arguments.checkpoint is not None:
             begin_with(arguments.checkpoint, arguments.out / "run")
         train(arguments, evidence, started)
-    except UlaeError as error:
-        evidence.add("failed", error=str(error))
+    except Exception as error:
+        evidence.add("failed", error=f"{type(error).__name__}: {error}")
+        if not isinstance(error, UlaeError):
+            raise
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return 1
     return 0

@@ -7,6 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import lent_training
 import nibabel as nib
 import numpy as np
 import pack_training
@@ -20,7 +21,9 @@ from ulae_rt import cli
 from ulae_rt.conventions import FULL_SHAPE
 from ulae_rt.imaging.grid import NORMALISATION
 from ulae_rt.imaging.nifti import read_volume
+from ulae_rt.model import load_model
 from ulae_rt.model.checkpoint import read_torch
+from ulae_rt.training.config import read_config
 
 STEPS = 8
 CONFIG = f"""
@@ -88,6 +91,17 @@ def unpacked(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.extractall(there, filter="data")
     (there / "config.toml").write_text(CONFIG)
     return there
+
+
+def test_the_configuration_begins_with_the_shipped_weights_at_1_mm() -> None:
+    config = read_config(lent_training.CONFIG)
+    assert config.data.pool == 1
+    assert config.optimiser.start is not None
+    shipped = load_model(config.optimiser.start).metadata
+    assert {name: getattr(shipped, name) for name in config.model.model_dump()} == (
+        config.model.model_dump()
+    )
+    assert config.optimiser.batch % config.run.micro_batch == 0
 
 
 def test_scans_are_packed_to_a_quarter_with_a_small_error(prepared: Path, unpacked: Path) -> None:
