@@ -69,6 +69,10 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
     weights = torch.ones(3, device=device)
     wide, narrow, pair = features(16), features(16, 2), features(2)
     concatenated = features(18)
+    mean_term = torch.rand(1, 32, device=device)
+    taps = torch.rand(4, 32, 16, 3, 3, 3, device=device, dtype=torch.bfloat16) - 0.5
+    gray, block = features(1), (narrow, features(32, 4), mean_term, taps, [1, 3, 6, 9])
+    image_block = (gray, narrow, mean_term[:, :16], taps[:, :16, :1], [1, 4, 8, 12])
     rstd = torch.ones(1, 16, device=device)
     lncc = Job(lambda: ops.lncc(image, fixed, [11, 9, 7], 1e-5))
     lncc_gradient = Job(
@@ -87,6 +91,8 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
         "lncc_planes": lncc,
         "lncc_score": lncc,
         "lncc_spread_planes": lncc_gradient,
+        "moving_block": Job(lambda: ops.moving_block(*block), torch.bfloat16),
+        "moving_block_narrow": Job(lambda: ops.moving_block(*image_block), torch.bfloat16),
         "norm_activate": norm,
         "norm_activate_merge": norm,
         "resize_backward": Job(lambda: ops.resize_displacement_backward(disp, 2)),
