@@ -67,6 +67,9 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
     image, fixed = smooth(1), smooth(1)
     disp, coarse = 8 * smooth(3) - 4, 4 * smooth(3, 2) - 2
     weights = torch.ones(3, device=device)
+    # A head leans by a few degrees.
+    turned = torch.tensor([[0.99, 0.1, 0.0, 0.0], [-0.1, 0.99, 0.1, 0.0], [0.0, -0.1, 0.99, 0.0]])
+    turned = turned.to(device)[None]
     wide, narrow, pair = features(16), features(16, 2), features(2)
     concatenated = features(18)
     mean_term = torch.rand(1, 32, device=device)
@@ -97,6 +100,7 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
         "norm_activate_merge": norm,
         "resize_backward": Job(lambda: ops.resize_displacement_backward(disp, 2)),
         "resize_forward": Job(lambda: ops.resize_displacement(coarse, 2)),
+        "sample_world": Job(lambda: ops.sample_world(image, turned, disp, grid, "linear", 1)),
         "upsample_concat_backward": Job(
             lambda: ops.upsample_concat_backward(concatenated, 16), torch.bfloat16
         ),

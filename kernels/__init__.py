@@ -11,6 +11,7 @@ from ulae_rt.kernels.lncc.op import lncc, multi_window_lncc, weighted_lncc
 from ulae_rt.kernels.moving_block.op import moving_block
 from ulae_rt.kernels.norm_activate.op import norm_activate
 from ulae_rt.kernels.resize.op import resize_displacement
+from ulae_rt.kernels.sample_world.op import sample_world
 from ulae_rt.kernels.upsample_concat.op import upsample_concat
 from ulae_rt.kernels.warp.op import warp
 from ulae_rt.kernels.warp_compose.op import warp_compose
@@ -24,6 +25,7 @@ __all__ = [
     "multi_window_lncc",
     "norm_activate",
     "resize_displacement",
+    "sample_world",
     "upsample_concat",
     "warp",
     "warp_compose",

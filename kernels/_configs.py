@@ -136,6 +136,7 @@ TABLE: dict[str, tuple[Line, ...]] = {
     "norm_activate_merge": _SUMS,
     "resize_backward": _FLAT,
     "resize_forward": _SAMPLING,
+    "sample_world": _SAMPLING,
     "upsample_concat_backward": _GATHERED,
     "upsample_concat_forward": _UPSAMPLED,
     "warp_backward": _SCATTERING,

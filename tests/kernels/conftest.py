@@ -18,7 +18,9 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
     def poisoned(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
         memory = allocate(shape, dtype, like)
-        return memory.fill_(float("nan") if dtype.is_floating_point else 2**30)
+        if dtype.is_floating_point:
+            return memory.fill_(torch.nan)
+        return memory.fill_(min(2**30, torch.iinfo(dtype).max))
 
     monkeypatch.setattr(_launch, "allocate", poisoned)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,128 @@
+"""Triton kernel of ``sample_world`` and its launcher."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ulae_rt.kernels import _launch
+from ulae_rt.kernels._configs import launch_config
+from ulae_rt.kernels._sampling import (
+    corners,
+    displacement,
+    interpolate,
+    slices_of,
+    tile_grid,
+    tile_of,
+    volume_size,
+)
+
+
+@triton.jit
+def _row(matrix_ptr, ROW: tl.constexpr, ACC: tl.constexpr):
+    """Four numbers; read once, since what is stored later could be them for all Triton knows."""
+    ptr = matrix_ptr + 4 * ROW
+    return (
+        tl.load(ptr).to(ACC), tl.load(ptr + 1).to(ACC),
+        tl.load(ptr + 2).to(ACC), tl.load(ptr + 3).to(ACC),
+    )  # fmt: skip
+
+
+@triton.jit
+def _times(row, d, h, w):
+    """A coordinate in the image, voxels."""
+    return row[0] * d + (row[1] * h + (row[2] * w + row[3]))
+
+
+@triton.jit
+def _axis(x, size, WIDE: tl.constexpr):
+    """One axis of a cell as :func:`ulae_rt.kernels._sampling.cell` has it, and ITK's inside."""
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    last = tl.cast(size - 1, x.dtype)
+    # Not so for NaN.
+    inside = (x >= -0.5) & (x < last + 0.5)
+    x = tl.where(inside, tl.minimum(tl.maximum(x, 0.0), last), 0.0)
+    floor = tl.floor(x)
+    lower = floor.to(INDEX)
+    upper = tl.minimum(lower + 1, size - 1)
+    return (lower, upper, inside, inside, x - floor), inside
+
+
+@triton.jit
+def _nearer(axis):
+    """The nearer index of an axis; a half goes up, as in ITK."""
+    return tl.where(axis[4] >= 0.5, axis[1], axis[0])
+
+
+@triton.jit(do_not_specialize=["DI", "HI", "WI", "D", "H"])
+def _sample_world_kernel(
+    image_ptr, matrix_ptr, disp_ptr, out_ptr, C, DI, HI, WI, D, H, W,
+    SHARED: tl.constexpr, FACTOR: tl.constexpr, BATCHED: tl.constexpr, NEAREST: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
+    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """SHARED: one image for the whole batch. FACTOR: of the displacement; 0 for none."""
+    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
+    matrix_ptr += 12 * b
+    by_d = _row(matrix_ptr, 0, ACC)
+    by_h = _row(matrix_ptr, 1, ACC)
+    by_w = _row(matrix_ptr, 2, ACC)
+    image_voxels = volume_size(DI, HI, WI)
+    voxels = volume_size(D, H, W)
+    if not SHARED:
+        image_ptr += b * C * image_voxels
+    out_ptr += b * C * voxels
+    for d in range(first, end):
+        p_d = tl.cast(d, ACC)
+        p_h = h.to(ACC)
+        p_w = w.to(ACC)
+        if FACTOR > 0:
+            u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
+            p_d = p_d + u[0]
+            p_h = p_h + u[1]
+            p_w = p_w + u[2]
+        on_d, in_d = _axis(_times(by_d, p_d, p_h, p_w), DI, WIDE)
+        on_h, in_h = _axis(_times(by_h, p_d, p_h, p_w), HI, WIDE)
+        on_w, in_w = _axis(_times(by_w, p_d, p_h, p_w), WI, WIDE)
+        cells = (on_d, on_h, on_w)
+        inside = mask & in_d & in_h & in_w
+        at = (d * H + h) * W + w
+        for c in range(C):
+            volume_ptr = image_ptr + c * image_voxels
+            if NEAREST:
+                voxel = (_nearer(on_d) * HI + _nearer(on_h)) * WI + _nearer(on_w)
+                value = tl.load(volume_ptr + voxel, mask=inside, other=0)
+            else:
+                value = interpolate(corners(volume_ptr, cells, HI, WI, inside, True, ACC), cells)
+            tl.store(out_ptr + c * voxels + at, value, mask=mask)
+
+
+def launch_forward(
+    image: Tensor,
+    matrix: Tensor,
+    disp: Tensor | None,
+    *,
+    shape: tuple[int, int, int],
+    mode: str,
+    factor: int,
+) -> Tensor:
+    """``sample_world``; (B, C, D, H, W) in ``image``'s type, contiguous."""
+    image = image.contiguous()
+    batch, (C, DI, HI, WI) = len(matrix), image.shape[1:]
+    D, H, W = shape
+    out = _launch.allocate((batch, C, *shape), image.dtype, image)
+    wide = [x for x in (image, disp) if x is not None and x.is_floating_point()]
+    accumulate = _launch.compute_dtype(*wide) if wide else torch.float64
+    config = launch_config("sample_world", W, image.dtype, _launch.architecture(image))
+    with torch.cuda.device_of(image):
+        _sample_world_kernel[tile_grid(out.shape, config.tile)](
+            image, matrix.to(accumulate).contiguous(),
+            image if disp is None else disp.contiguous(), out, C, DI, HI, WI, D, H, W,
+            SHARED=len(image) == 1, FACTOR=0 if disp is None else factor, BATCHED=batch > 1,
+            NEAREST=mode == "nearest", ACC=_launch.triton_type(accumulate),
+            WIDE=_launch.wide_index(max(DI * HI * WI, D * H * W)),
+            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
+            num_warps=config.warps,
+        )  # fmt: skip
+    return out
