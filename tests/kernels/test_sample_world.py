@@ -157,6 +157,18 @@ def test_rounds_once(dtype: torch.dtype) -> None:
     assert_equal("rounded", sample_world(image, matrix), exact.to(dtype))
 
 
+@pytest.mark.follows("convert it: image.float()", "convert it: matrix.double()")
+def test_hints_on_types() -> None:
+    image, matrix = (100 * noise(1, 1, 3, 4, 5)).short(), matrices(1)
+    with pytest.raises(DtypeError) as caught:
+        sample_world(image, matrix)
+    assert caught.value.hint == "convert it: image.float()"
+    with pytest.raises(DtypeError) as caught:
+        sample_world(image.float(), matrix.bfloat16())
+    assert caught.value.hint == "convert it: matrix.double()"
+    assert sample_world(image.float(), matrix.bfloat16().double()).any()
+
+
 @pytest.mark.follows("call it under torch.no_grad()")
 @pytest.mark.parametrize("name", ["image", "matrix", "disp"])
 def test_a_gradient_is_refused(name: str) -> None:
