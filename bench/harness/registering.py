@@ -82,10 +82,14 @@ class Evidence:
 
 
 def data_dir(parser: argparse.ArgumentParser) -> Path:
-    """The folder with the scans; ends the program where none is named."""
+    """The folder with the scans; ends the program where none is named, or no commit is."""
     found = env.data_dir()
     if found is None:
         parser.error("ULAE_RT_DATA is not set: give it the folder that has oasis/train and val")
+    try:
+        commit()
+    except ValueError as error:  # now, and not after the hours in which all is registered
+        parser.error(str(error))
     return Path(found)
 
 
