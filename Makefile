@@ -111,7 +111,7 @@ gpu-quarter: build/path  ## the most valuable evidence of a GPU in a quarter of 
 	$(BARE_PYTHON) bench/quarter.py --out $(OUT) $(if $(CALL),--call $(CALL)) $(ARGS)
 
 # What the GPU machine has: a compiled kernel is of use to exactly this Python and Triton. With
-# PATH=build/gpu-venv/bin:$$PATH before it, make gpu-quarter ARGS=--small rehearses there; numpy is
+# PATH=build/gpu-venv/bin:$PATH before it, make gpu-quarter ARGS=--small rehearses there; numpy is
 # older than the machine's for that, because Triton 3.6's interpreter fails with 2.4.
 GPU_PYTHON = python3.12
 GPU_PACKAGES = torch==2.11.0 triton==3.6.0 'numpy<2.4' safetensors pytest pytest-benchmark
