@@ -25,7 +25,7 @@ endif
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
-		while IFS='|' read -r target text; do printf '%-16s%s\n' "$$target" "$$text"; done
+		while IFS='|' read -r target text; do printf '%-19s%s\n' "$$target" "$$text"; done
 
 $(STAMP): pyproject.toml constraints.txt
 	@set -e; if [ ! -f $(STAMP) ]; then \
