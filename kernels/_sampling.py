@@ -1,14 +1,18 @@
 """Triton pieces of every kernel that samples a volume at displaced points.
 
-A program goes through a few slices with a tile of rows and columns, rows of consecutive lanes:
+A program marches through slices with a tile of rows and columns, rows of consecutive lanes:
 neighbouring lanes then sample neighbouring points, the eight corners of a warp's points come from a
 few cache lines, and of the two slices that a point lies between one is still in L1 from the slice
-before. Sampling points never exist in memory.
+before. Sampling points never exist in memory. Backward, where atomics are what takes the time, a
+program has one slice.
 
 Offsets within a volume are 32-bit unless the volume needs more; the start of a volume is a 64-bit
 scalar. Lanes whose point is outside are masked, and a NaN or infinite coordinate counts as outside
 before it becomes an index.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,11 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ulae_rt.kernels import _launch
+from ulae_rt.kernels._configs import LaunchConfig, march, resident
+
+# What a program does before its first slice, and reading one slice more than it has, take as long
+# as this many slices.
+_START = 2
 
 
 @triton.jit
-def slices_of(D, BATCHED: tl.constexpr, TILE_D: tl.constexpr, WIDE: tl.constexpr):
-    """Batch index of this program, its first slice and the one after its last.
+def slices_of(D, slices, BATCHED: tl.constexpr, WIDE: tl.constexpr):
+    """Batch index of this program, its first slice and the one after its last, of ``slices``.
 
     The grid has three axes because a division of the program's number would cost every warp more
     than its eight corners do.
@@ -28,11 +37,11 @@ def slices_of(D, BATCHED: tl.constexpr, TILE_D: tl.constexpr, WIDE: tl.constexpr
     first = tl.program_id(0)
     b = tl.cast(0, tl.int64)
     if BATCHED:
-        deep = tl.cdiv(D, TILE_D)
+        deep = tl.cdiv(D, slices)
         b = (first // deep).to(tl.int64)
         first = first % deep
-    first *= TILE_D
-    end = tl.minimum(first + TILE_D, D)
+    first *= slices
+    end = tl.minimum(first + slices, D)
     if WIDE:
         first = first.to(tl.int64)
         end = end.to(tl.int64)
@@ -351,11 +360,25 @@ def load_components(ptr, voxels, mask, ACC: tl.constexpr):
     )
 
 
-def tile_grid(shape: torch.Size, tile: tuple[int, ...]) -> tuple[int, int, int]:
+def tile_grid(shape: torch.Size, slices: int, tile: Sequence[int]) -> tuple[int, int, int]:
     """Programs for a (B, C, D, H, W) volume; only the first axis may be longer than 65,535."""
     B, _, D, H, W = shape
-    deep, down, across = tile
-    return B * triton.cdiv(D, deep), triton.cdiv(W, across), triton.cdiv(H, down)
+    down, across = tile
+    return B * triton.cdiv(D, slices), triton.cdiv(W, across), triton.cdiv(H, down)
+
+
+def march_through(
+    shape: torch.Size, config: LaunchConfig, registers: int, like: Tensor
+) -> tuple[int, tuple[int, int, int]]:
+    """The slices of a program that needs ``registers`` a lane, and the grid, on ``like``'s device.
+
+    For a (B, C, D, H, W) volume. No value depends on how many slices they are.
+    """
+    longest, *tile = config.tile
+    abreast = math.prod(tile_grid(shape, shape[2], tile))
+    fit = resident(registers, config.warps, _launch.architecture(like))
+    slices = march(shape[2], longest, abreast, _launch.multiprocessors(like), fit, _START)
+    return slices, tile_grid(shape, slices, tile)
 
 
 class ScatteredSums:

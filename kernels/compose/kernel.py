@@ -14,6 +14,7 @@ from ulae_rt.kernels._sampling import (
     composed,
     displacement,
     load_components,
+    march_through,
     scatter,
     slices_of,
     store_components,
@@ -23,14 +24,18 @@ from ulae_rt.kernels._sampling import (
 )
 from ulae_rt.kernels.resize.kernel import DisplacementGradient
 
+# A forward lane's on sm_90, with the displacement at full resolution and with a coarser one; a
+# test holds the compiler to them, and programs are cut by how many of them fit at a time.
+REGISTERS = (40, 48)
 
-@triton.jit(do_not_specialize=["D", "H"])
+
+@triton.jit(do_not_specialize=["D", "H", "slices"])
 def _compose_forward_kernel(
-    a_ptr, b_ptr, out_ptr, D, H, W,
+    a_ptr, b_ptr, out_ptr, D, H, W, slices,
     FACTOR: tl.constexpr, BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    b, first, end = slices_of(D, slices, BATCHED, WIDE)
     h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     voxels = volume_size(D, H, W)
     start = b * 3 * voxels
@@ -48,7 +53,7 @@ def _compose_backward_kernel(
     BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, _ = slices_of(D, BATCHED, 1, WIDE)
+    b, d, _ = slices_of(D, 1, BATCHED, WIDE)
     h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
     cells = cell(d, h, w, u, D, H, W, False, ACC, WIDE)
@@ -74,13 +79,13 @@ def launch_forward(disp_a: Tensor, disp_b: Tensor, *, factor: int) -> Tensor:
     out = _launch.allocate(disp_a.shape, torch.promote_types(disp_a.dtype, disp_b.dtype), disp_a)
     D, H, W = disp_a.shape[2:]
     config = launch_config("compose_forward", W, disp_a.dtype, _launch.architecture(disp_a))
+    slices, grid = march_through(disp_a.shape, config, REGISTERS[factor > 1], disp_a)
     with torch.cuda.device_of(disp_a):
-        _compose_forward_kernel[tile_grid(disp_a.shape, config.tile)](
-            disp_a, disp_b, out, D, H, W,
+        _compose_forward_kernel[grid](
+            disp_a, disp_b, out, D, H, W, slices,
             FACTOR=factor, BATCHED=disp_a.shape[0] > 1, ACC=_launch.compute_type(disp_a, disp_b),
             WIDE=_launch.wide_index(D * H * W),
-            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
-            num_warps=config.warps,
+            TILE_H=config.tile[1], TILE_W=config.tile[2], num_warps=config.warps,
         )  # fmt: skip
     return out
 
@@ -95,7 +100,7 @@ def launch_backward(
     by_b = DisplacementGradient(disp_b, factor, disp_a) if need_b else None
     config = launch_config("compose_backward", W, disp_a.dtype, _launch.architecture(disp_a))
     with torch.cuda.device_of(disp_a):
-        _compose_backward_kernel[tile_grid(disp_a.shape, (1, *config.tile))](
+        _compose_backward_kernel[tile_grid(disp_a.shape, 1, config.tile)](
             grad, disp_a, disp_b,
             sums.total if sums else grad, by_b.full if by_b else grad,
             sums.scale if sums else grad, D, H, W,

@@ -12,21 +12,25 @@ from ulae_rt.kernels._configs import launch_config
 from ulae_rt.kernels._sampling import (
     coarse_axis,
     displacement,
+    march_through,
     slices_of,
     store_components,
-    tile_grid,
     tile_of,
     volume_size,
 )
 
+# A forward lane's on sm_90; a test holds the compiler to it, and programs are cut by how many of
+# them fit at a time.
+REGISTERS = 32
 
-@triton.jit(do_not_specialize=["D", "H"])
+
+@triton.jit(do_not_specialize=["D", "H", "slices"])
 def _resize_forward_kernel(
-    disp_ptr, out_ptr, D, H, W,
+    disp_ptr, out_ptr, D, H, W, slices,
     FACTOR: tl.constexpr, BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    b, first, end = slices_of(D, slices, BATCHED, WIDE)
     h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     voxels = volume_size(D, H, W)
     start = b * 3 * voxels
@@ -81,13 +85,13 @@ def launch_forward(disp: Tensor, *, factor: int) -> Tensor:
     out = _launch.allocate(shape, disp.dtype, disp)
     D, H, W = shape[2:]
     config = launch_config("resize_forward", W, disp.dtype, _launch.architecture(disp))
+    slices, grid = march_through(shape, config, REGISTERS, disp)
     with torch.cuda.device_of(disp):
-        _resize_forward_kernel[tile_grid(shape, config.tile)](
-            disp, out, D, H, W,
+        _resize_forward_kernel[grid](
+            disp, out, D, H, W, slices,
             FACTOR=factor, BATCHED=shape[0] > 1, ACC=_launch.compute_type(disp),
             WIDE=_launch.wide_index(D * H * W),
-            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
-            num_warps=config.warps,
+            TILE_H=config.tile[1], TILE_W=config.tile[2], num_warps=config.warps,
         )  # fmt: skip
     return out
 

@@ -14,6 +14,7 @@ from ulae_rt.kernels._sampling import (
     corners,
     displacement,
     interpolate,
+    march_through,
     nearest_value,
     scatter,
     scatter_nearest,
@@ -25,15 +26,19 @@ from ulae_rt.kernels._sampling import (
 )
 from ulae_rt.kernels.resize.kernel import DisplacementGradient
 
+# A forward lane's on sm_90, with the displacement at full resolution and with a coarser one; a
+# test holds the compiler to them, and programs are cut by how many of them fit at a time.
+REGISTERS = (40, 56)
 
-@triton.jit(do_not_specialize=["D", "H"])
+
+@triton.jit(do_not_specialize=["D", "H", "slices"])
 def _warp_forward_kernel(
-    image_ptr, disp_ptr, out_ptr, C, D, H, W,
+    image_ptr, disp_ptr, out_ptr, C, D, H, W, slices,
     FACTOR: tl.constexpr, BATCHED: tl.constexpr, BORDER: tl.constexpr, NEAREST: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr,
-    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    b, first, end = slices_of(D, slices, BATCHED, WIDE)
     h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     voxels = volume_size(D, H, W)
     for d in range(first, end):
@@ -57,7 +62,7 @@ def _warp_backward_kernel(
     IMAGE: tl.constexpr, DISP: tl.constexpr, FIXED: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, _ = slices_of(D, BATCHED, 1, WIDE)
+    b, d, _ = slices_of(D, 1, BATCHED, WIDE)
     h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
     cells = cell(d, h, w, u, D, H, W, BORDER, ACC, WIDE)
@@ -86,14 +91,14 @@ def launch_forward(image: Tensor, disp: Tensor, *, padding: str, mode: str, fact
     out = _launch.allocate(image.shape, image.dtype, image)
     C, D, H, W = image.shape[1:]
     config = launch_config("warp_forward", W, image.dtype, _launch.architecture(image))
+    slices, grid = march_through(image.shape, config, REGISTERS[factor > 1], image)
     with torch.cuda.device_of(image):
-        _warp_forward_kernel[tile_grid(image.shape, config.tile)](
-            image, disp, out, C, D, H, W,
+        _warp_forward_kernel[grid](
+            image, disp, out, C, D, H, W, slices,
             FACTOR=factor, BORDER=padding == "border", NEAREST=mode == "nearest",
             BATCHED=image.shape[0] > 1,
             ACC=_launch.compute_type(image, disp), WIDE=_launch.wide_index(D * H * W),
-            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
-            num_warps=config.warps,
+            TILE_H=config.tile[1], TILE_W=config.tile[2], num_warps=config.warps,
         )  # fmt: skip
     return out
 
@@ -119,7 +124,7 @@ def launch_backward(
     by_disp = DisplacementGradient(disp, factor, image) if need_disp else None
     config = launch_config("warp_backward", W, image.dtype, _launch.architecture(image))
     with torch.cuda.device_of(image):
-        _warp_backward_kernel[tile_grid(image.shape, (1, *config.tile))](
+        _warp_backward_kernel[tile_grid(image.shape, 1, config.tile)](
             grad, image, disp,
             sums.total if sums else grad, by_disp.full if by_disp else grad,
             sums.scale if sums else grad, C, D, H, W,

@@ -16,6 +16,7 @@ from ulae_rt.kernels._sampling import (
     displacement,
     interpolate,
     load_components,
+    march_through,
     scatter,
     slices_of,
     store_components,
@@ -25,14 +26,18 @@ from ulae_rt.kernels._sampling import (
 )
 from ulae_rt.kernels.resize.kernel import DisplacementGradient
 
+# A forward lane's on sm_90, with the displacement at full resolution and with a coarser one; a
+# test holds the compiler to them, and programs are cut by how many of them fit at a time.
+REGISTERS = (40, 48)
 
-@triton.jit(do_not_specialize=["D", "H"])
+
+@triton.jit(do_not_specialize=["D", "H", "slices"])
 def _warp_compose_forward_kernel(
-    image_ptr, a_ptr, b_ptr, warped_ptr, out_ptr, C, D, H, W,
+    image_ptr, a_ptr, b_ptr, warped_ptr, out_ptr, C, D, H, W, slices,
     FACTOR: tl.constexpr, BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    b, first, end = slices_of(D, slices, BATCHED, WIDE)
     h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     voxels = volume_size(D, H, W)
     start = b * 3 * voxels
@@ -56,7 +61,7 @@ def _warp_compose_backward_kernel(
     FIXED: tl.constexpr, BATCHED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    b, d, _ = slices_of(D, BATCHED, 1, WIDE)
+    b, d, _ = slices_of(D, 1, BATCHED, WIDE)
     h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     u = displacement(b_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
     cells = cell(d, h, w, u, D, H, W, False, ACC, WIDE)
@@ -93,14 +98,14 @@ def launch_forward(
     out = _launch.allocate(disp_a.shape, torch.promote_types(disp_a.dtype, disp_b.dtype), image)
     C, D, H, W = image.shape[1:]
     config = launch_config("warp_compose_forward", W, disp_a.dtype, _launch.architecture(image))
+    slices, grid = march_through(image.shape, config, REGISTERS[factor > 1], image)
     with torch.cuda.device_of(image):
-        _warp_compose_forward_kernel[tile_grid(image.shape, config.tile)](
-            image, disp_a, disp_b, warped, out, C, D, H, W,
+        _warp_compose_forward_kernel[grid](
+            image, disp_a, disp_b, warped, out, C, D, H, W, slices,
             FACTOR=factor, BATCHED=image.shape[0] > 1,
             ACC=_launch.compute_type(image, disp_a, disp_b),
             WIDE=_launch.wide_index(D * H * W),
-            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
-            num_warps=config.warps,
+            TILE_H=config.tile[1], TILE_W=config.tile[2], num_warps=config.warps,
         )  # fmt: skip
     return warped, out
 
@@ -124,7 +129,7 @@ def launch_backward(
     by_b = DisplacementGradient(disp_b, factor, image) if needs[2] else None
     config = launch_config("warp_compose_backward", W, disp_a.dtype, _launch.architecture(image))
     with torch.cuda.device_of(image):
-        _warp_compose_backward_kernel[tile_grid(image.shape, (1, *config.tile))](
+        _warp_compose_backward_kernel[tile_grid(image.shape, 1, config.tile)](
             grad_warped, grad_out, image, disp_a, disp_b,
             by_image.total if by_image else image, by_a.total if by_a else image,
             by_b.full if by_b else image,

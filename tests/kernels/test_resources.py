@@ -1,6 +1,7 @@
 """What the compiler makes of the kernels, on every architecture; no GPU needed."""
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -108,10 +109,28 @@ def test_lanes_read_neighbours_at_once_and_corners_one_by_one(rows: list[Resourc
     found = [row for row in rows if (row.kernel, row.case) == ("_warp_forward_kernel", "warp")]
     assert {row.arch for row in found} == set(ARCHITECTURES)
     for row in found:
-        voxels = math.prod(row.tile[1:]) // (32 * row.warps)
+        voxels = math.prod(row.tile) // (32 * row.warps)
         # Eight corners of each voxel, and three components of the displacement of two.
         assert voxels == 2
         assert (row.loads, row.stores) == ({32: 8 * voxels, 64: 3}, {64: 1})
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["warp", "compose", "warp_compose", "resize"])
+def test_sampling_runs_as_many_programs_at_a_time_as_it_is_cut_for(
+    op: str, rows: list[Resources]
+) -> None:
+    noted = importlib.import_module(f"ulae_rt.kernels.{op}.kernel").REGISTERS
+    for coarse in (False, True):
+        registers = noted if op == "resize" else noted[coarse]
+        found = [
+            row for row in rows
+            if row.kernel == f"_{op}_forward_kernel" and row.arch == 90
+            and (op == "resize" or ("factor" in row.case) == coarse)
+        ]  # fmt: skip
+        fits = min(resident(row.registers, row.warps, 90) for row in found)
+        assert fits == resident(registers, found[0].warps, 90), (op, coarse)
 
 
 @needs_triton

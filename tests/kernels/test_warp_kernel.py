@@ -10,7 +10,7 @@ from _support.kernels import assert_kernel_as_good, deterministic, implementatio
 from _support.tolerances import assert_equal
 from _support.volumes import noise, off_lattice_displacement, smooth_displacement, smooth_image
 from ulae_rt.errors import BackendUnavailable
-from ulae_rt.kernels import _launch, warp
+from ulae_rt.kernels import _launch, compose, resize_displacement, warp, warp_compose
 
 SHAPES = [
     (1, 1, 1, 1, 1),
@@ -44,6 +44,27 @@ def pair(
 def test_linear(shape: tuple[int, ...], padding: str, triton_device: torch.device) -> None:
     op = partial(warp, padding=padding)
     assert_kernel_as_good("warp", op, pair(shape, TYPES["fp32"]), triton_device)
+
+
+def test_no_value_depends_on_how_many_slices_a_program_has(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs along an axis, as many as slices, and one."""
+    from ulae_rt.kernels import _sampling
+
+    inputs = pair((2, 2, 7, 5, 6), TYPES["fp32"])
+    field = inputs[1]
+    coarse = field[:, :, :3, :2, :3]
+    found = []
+    for slices in (4, 1, 7):
+        monkeypatch.setattr(_sampling, "march", lambda *_, n=slices: n)
+        with implementation("triton"):
+            image, disp, small = (x.to(triton_device) for x in (*inputs, coarse))
+            whole = (warp(image, disp), compose(disp, disp), *warp_compose(image, disp, disp))
+            found.append((*whole, resize_displacement(small, 2)))
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            assert_equal("value", a, b)
 
 
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
