@@ -375,9 +375,11 @@ def march_through(
     For a (B, C, D, H, W) volume. No value depends on how many slices they are.
     """
     longest, *tile = config.tile
-    abreast = math.prod(tile_grid(shape, shape[2], tile))
+    # Where torch traces, sizes are symbols: whole waves are for numbers.
+    D = int(shape[2])
+    abreast = int(math.prod(tile_grid(shape, D, tile)))
     fit = resident(registers, config.warps, _launch.architecture(like))
-    slices = march(shape[2], longest, abreast, _launch.multiprocessors(like), fit, _START)
+    slices = march(D, longest, abreast, _launch.multiprocessors(like), fit, _START)
     return slices, tile_grid(shape, slices, tile)
 
 
