@@ -11,11 +11,14 @@ from ulae_rt.kernels._sampling import (
     corners,
     displacement,
     interpolate,
+    march_through,
     slices_of,
-    tile_grid,
     tile_of,
     volume_size,
 )
+
+# A lane's on sm_90, at most; programs are cut by how many of them fit at a time.
+REGISTERS = 48
 
 
 @triton.jit
@@ -54,15 +57,15 @@ def _nearer(axis):
     return tl.where(axis[4] >= 0.5, axis[1], axis[0])
 
 
-@triton.jit(do_not_specialize=["DI", "HI", "WI", "D", "H"])
+@triton.jit(do_not_specialize=["DI", "HI", "WI", "D", "H", "slices"])
 def _sample_world_kernel(
-    image_ptr, matrix_ptr, disp_ptr, out_ptr, C, DI, HI, WI, D, H, W,
+    image_ptr, matrix_ptr, disp_ptr, out_ptr, C, DI, HI, WI, D, H, W, slices,
     SHARED: tl.constexpr, FACTOR: tl.constexpr, BATCHED: tl.constexpr, NEAREST: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr,
-    TILE_D: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     """SHARED: one image for the whole batch. FACTOR: of the displacement; 0 for none."""
-    b, first, end = slices_of(D, BATCHED, TILE_D, WIDE)
+    b, first, end = slices_of(D, slices, BATCHED, WIDE)
     h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     matrix_ptr += 12 * b
     by_d = _row(matrix_ptr, 0, ACC)
@@ -115,14 +118,14 @@ def launch_forward(
     wide = [x for x in (image, disp) if x is not None and x.is_floating_point()]
     accumulate = _launch.compute_dtype(*wide) if wide else torch.float64
     config = launch_config("sample_world", W, image.dtype, _launch.architecture(image))
+    slices, grid = march_through(out.shape, config, REGISTERS, image)
     with torch.cuda.device_of(image):
-        _sample_world_kernel[tile_grid(out.shape, config.tile)](
+        _sample_world_kernel[grid](
             image, matrix.to(accumulate).contiguous(),
-            image if disp is None else disp.contiguous(), out, C, DI, HI, WI, D, H, W,
+            image if disp is None else disp.contiguous(), out, C, DI, HI, WI, D, H, W, slices,
             SHARED=len(image) == 1, FACTOR=0 if disp is None else factor, BATCHED=batch > 1,
             NEAREST=mode == "nearest", ACC=_launch.triton_type(accumulate),
             WIDE=_launch.wide_index(max(DI * HI * WI, D * H * W)),
-            TILE_D=config.tile[0], TILE_H=config.tile[1], TILE_W=config.tile[2],
-            num_warps=config.warps,
+            TILE_H=config.tile[1], TILE_W=config.tile[2], num_warps=config.warps,
         )  # fmt: skip
     return out

@@ -135,6 +135,19 @@ def test_sampling_runs_as_many_programs_at_a_time_as_it_is_cut_for(
 
 @needs_triton
 @pytest.mark.slow
+def test_sample_world_runs_as_many_programs_at_a_time_as_it_is_cut_for(
+    rows: list[Resources],
+) -> None:
+    from ulae_rt.kernels.sample_world.kernel import REGISTERS
+
+    found = [row for row in rows if row.kernel == "_sample_world_kernel" and row.arch == 90]
+    assert len(found) == 4
+    fits = min(resident(row.registers, row.warps, 90) for row in found)
+    assert fits == resident(REGISTERS, found[0].warps, 90)
+
+
+@needs_triton
+@pytest.mark.slow
 def test_lncc_runs_as_many_programs_at_a_time_as_it_is_cut_for(rows: list[Resources]) -> None:
     from ulae_rt.kernels.lncc.kernel import REGISTERS
 
