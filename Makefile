@@ -146,7 +146,7 @@ build/gpu-training.unpacked: build/gpu-training.tar.xz
 
 DATA = build/training
 gpu-train: build/path $(if $(wildcard build/gpu-training.tar.xz),build/gpu-training.unpacked)  ## train for MINUTES into OUT, from the start or from CHECKPOINT=DIR/run of an earlier command
-	PYTHONSAFEPATH=1 PYTHONPATH="$(BARE_PATH):$(CURDIR)/build/wheels/site" python3 bench/lent_training.py \
+	PYTHONSAFEPATH=1 PYTHONPATH="$(BARE_PATH):$(CURDIR)/build/wheels/site" python3 bench/gpu_training.py \
 		--out $(OUT) --data $(DATA) --minutes $(MINUTES) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(ARGS)
 
 profile-gpu: build/path  ## list the kernels that a training step spends its time in

@@ -140,7 +140,7 @@ class Record:
 def results_folder(usual: Path = RESULTS) -> Path:
     """Where records go: the folder that ``ULAE_RT_EVIDENCE`` names, or the usual one.
 
-    Of a machine that is lent for minutes one folder comes back, and it lies outside the checkout.
+    Of a machine that one has for minutes one folder comes back, and it lies outside the checkout.
     """
     folder = Path(os.environ.get("ULAE_RT_EVIDENCE") or usual)
     folder.mkdir(parents=True, exist_ok=True)

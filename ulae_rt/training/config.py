@@ -167,7 +167,7 @@ class RunConfig(_Section):
         activation_checkpointing: compute features again in the backward pass in place of keeping
             them. ``auto``: from when a GPU's memory does not suffice; ``on``; ``off``.
         minutes: after which the run stops with a checkpoint that ``--resume`` goes on from exactly;
-            none: at the last step. For machines that are lent for a time.
+            none: at the last step. For machines that one has for a time.
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"

@@ -1,4 +1,4 @@
-"""Train for the minutes that a GPU is lent, and leave what goes on exactly on the next one.
+"""Train for the minutes that one has a GPU, and leave what goes on exactly on the next one.
 
 ``make gpu-train MINUTES=9 OUT=DIR`` begins, with ``CHECKPOINT=DIR/run`` of an earlier command it
 goes on. Every two seconds the losses, the speed and the memory become a line of
@@ -22,7 +22,7 @@ from harness.record import ROOT
 from ulae_rt.errors import ConfigError, UlaeError
 
 CONFIG = ROOT / "configs" / "oasis-1mm-labels.toml"
-STAGE = "lent training"
+STAGE = "training at 1 mm"
 # Between two rows: often enough for a curve, and no load on the disk.
 SECONDS = 2.0
 
