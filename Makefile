@@ -108,7 +108,7 @@ tune-gpu: build/path  ## measure launch configurations and propose lines for ker
 
 OUT = build/quarter
 gpu-quarter: build/path  ## the most valuable evidence of a GPU in a quarter of an hour: CALL=1, then CALL=2
-	$(BARE_PYTHON) bench/quarter.py --out $(OUT) $(if $(CALL),--call $(CALL)) $(ARGS)
+	$(BARE_PYTHON) bench/quarter.py --out "$(OUT)" $(if $(CALL),--call $(CALL)) $(ARGS)
 
 # What the GPU machine has: a compiled kernel is of use to exactly this Python and Triton. With
 # PATH=build/gpu-venv/bin:$PATH before it, make gpu-quarter ARGS=--small rehearses there; numpy is
@@ -145,9 +145,11 @@ build/gpu-training.unpacked: build/gpu-training.tar.xz
 	@touch $@
 
 DATA = build/training
+gpu-train: OUT = build/gpu-train
 gpu-train: build/path $(if $(wildcard build/gpu-training.tar.xz),build/gpu-training.unpacked)  ## train for MINUTES into OUT, from the start or from CHECKPOINT=DIR/run of an earlier command
+	@test -n "$(MINUTES)" || { echo "error: MINUTES is not given, expected MINUTES=9 or the like" >&2; exit 2; }
 	PYTHONSAFEPATH=1 PYTHONPATH="$(BARE_PATH):$(CURDIR)/build/wheels/site" python3 bench/gpu_training.py \
-		--out $(OUT) --data $(DATA) --minutes $(MINUTES) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(ARGS)
+		--out "$(OUT)" --data "$(DATA)" --minutes $(MINUTES) $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
 
 profile-gpu: build/path  ## list the kernels that a training step spends its time in
 	$(BARE_PYTHON) bench/profile_step.py $(ARGS)

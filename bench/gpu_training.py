@@ -56,7 +56,12 @@ def train(arguments: argparse.Namespace, evidence: Evidence, started: float) -> 
         f"data.train={arguments.data / 'train'}", f"data.val={arguments.data / 'val'}",
         f"output.folder={run}", *arguments.changes, f"run.minutes={max(left, 1e-5)}",
     ]  # fmt: skip
-    trainer = Recorded(read_config(arguments.config, changes), resume=resume)
+    try:
+        trainer = Recorded(read_config(arguments.config, changes), resume=resume)
+    except UlaeError:
+        if resume:  # what was copied, or the next try would find it in its place
+            shutil.rmtree(run)
+        raise
     first = trainer.step
     evidence.add(
         "begun", step=first, scans=len(trainer.scans), device=str(trainer.processes.device),
@@ -116,7 +121,14 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    evidence = Evidence(arguments.out, STAGE)
+    if not arguments.minutes > 0:
+        print(f"error: --minutes is {arguments.minutes:g}, expected more than 0", file=sys.stderr)
+        return 1
+    try:
+        evidence = Evidence(arguments.out, STAGE)
+    except OSError as error:
+        print(f"error: --out {arguments.out}: {error.strerror}; give a new folder", file=sys.stderr)
+        return 1
     evidence.add(
         "machine", **machine.facts(), commit=source, dirty=changed,
         kernels_carried=carried.use(carried.CACHE),

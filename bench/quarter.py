@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness import carried
-from harness.checkout import commit
+from harness.checkout import VARIABLE, commit
 from harness.evidence import Evidence
 
 LOG = "log.txt"
@@ -70,7 +70,10 @@ def main() -> int:
         and (arguments.stage is None or stage.name in arguments.stage)
     ]
     if not chosen:
-        parser.error(f"no such stage; there are {', '.join(stage.name for stage in STAGES)}")
+        names = dict.fromkeys(
+            stage.name for stage in STAGES if arguments.call in (None, stage.call)
+        )
+        parser.error(f"no such stage; there are {', '.join(names)}")
     try:
         source, changed = commit()
     except ValueError as error:
@@ -79,15 +82,24 @@ def main() -> int:
     # The stage in hand ends too; a command in the background of a shell would not see Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    run = Evidence(arguments.out, "run")
+    if source == "unknown":
+        print(f"warning: the commit is unknown; set {VARIABLE}, or no figure can be kept")
+    try:
+        run = Evidence(arguments.out, "run")
+    except OSError as error:
+        print(f"error: --out {arguments.out}: {error.strerror}; give a new folder", file=sys.stderr)
+        return 1
     names = [stage.name for stage in chosen]
     run.add(
         "begun", small=arguments.small, stages=names, commit=source, dirty=changed,
         kernels_carried=carried.use(carried.CACHE),
     )  # fmt: skip
-    for stage in chosen:
-        run_stage(stage, arguments.out, arguments.small)
+    try:
+        for stage in chosen:
+            run_stage(stage, arguments.out, arguments.small)
+    except KeyboardInterrupt:
+        run.add("interrupted")
+        return 130
     run.add("ended")
     return 0
 

@@ -1,5 +1,6 @@
 """What every op asks of its arguments, with messages that say expected and got."""
 
+import torch
 from torch import Tensor
 
 from ulae_rt.errors import DtypeError, ShapeError, UsageError
@@ -69,7 +70,12 @@ def check_window(op: str, window: int) -> None:
         raise UsageError(f"{op}: window is {window}, expected a positive odd integer")
 
 
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, or what torch puts in its place where it traces."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
 def check_factor(op: str, factor: int) -> None:
     """``factor`` is a positive integer."""
-    if factor < 1:
+    if not is_whole(factor) or factor < 1:
         raise UsageError(f"{op}: factor is {factor}, expected a positive integer")

@@ -10,6 +10,7 @@ was killed as of a whole one.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from report import words
 
 Row = dict[str, Any]
 NO_FIGURE = "No GPU figure exists yet."
+# Of the ways of `stages.ways` those that a user has, and what the table adds to their names.
+NETWORK = {"program": "", "host to host": ", host to host"}
+GOALS = {"program, fp16": "3 ms"}
 
 
 def page(evidence: Sequence[Row]) -> str:
@@ -98,8 +102,9 @@ def _stages(evidence: Sequence[Row]) -> Iterator[str]:
         for row in ended
     ]  # fmt: skip
     begun = [row for row in evidence if row["what"] == "begun"]
-    missing = {name for row in begun for name in row["stages"]} - {row["stage"] for row in ended}
-    body += [(name, "not ended", "", "", "", "") for name in sorted(missing)]
+    missing = Counter(name for row in begun for name in row["stages"])
+    missing -= Counter(row["stage"] for row in ended)
+    body += [(name, "not ended", "", "", "", "") for name in sorted(missing.elements())]
     header = ("stage", "how it ended", "s", "of", "compiled anew", "error")
     yield from _table("Stages", header, body)
 
@@ -141,8 +146,8 @@ def _network(evidence: Sequence[Row]) -> Iterator[str]:
         for row in network
         if "voxels_off_mean" in row
     ]  # fmt: skip
-    header = ("one pair", "", "median", "least", "voxels off: mean, largest")
-    yield from _table("The network, device to device", header, body)
+    header = ("one pair", "how", "median", "least", "voxels off: mean, largest")
+    yield from _table("The network, device to device but where it says host", header, body)
     shapes = sorted(
         (row for row in network if row["what"].startswith("convolution")),
         key=lambda row: -row["median"] * row["count"],
@@ -207,23 +212,25 @@ def section(evidence: Sequence[Row]) -> str:
     if not body:
         return NO_FIGURE
     date, commit, dirty = _source(evidence)
-    title = f"**{_machine(evidence)['title']}**, {date}, {commit}{', with files changed' * dirty}:"
+    machine = _machine(evidence).get("title", "an unknown machine")
+    title = f"**{machine}**, {date}, {commit}{', with files changed' * dirty}:"
     lines = ["| | median | goal | beside | peak memory |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(cell or words.NONE for cell in row)} |" for row in body]
     return f"{title}\n\n" + "\n".join(lines)
 
 
 def _network_rows(evidence: Sequence[Row]) -> Iterator[Sequence[str]]:
-    """One pair with the weights at rest, beside the same network eager."""
+    """One pair as weights are run, on the device and with the copies, beside the network eager."""
     medians = {row["what"]: row["median"] for row in _of(evidence, "network") if "how" in row}
     for what, median in medians.items():
         kind, precision = what.split(", ")
-        if kind == "folded":
+        if kind in NETWORK:
             eager = medians.get(f"eager, {precision}")
             beside = (
                 f"{words.times(eager / median)} eager ({words.seconds(eager)})" if eager else ""
             )
-            yield f"Network, one pair, {precision}", words.seconds(median), "", beside, ""
+            name = f"Network, one pair, {precision}{NETWORK[kind]}"
+            yield name, words.seconds(median), GOALS.get(what, ""), beside, ""
 
 
 def _goal_rows(evidence: Sequence[Row]) -> Iterator[Sequence[str]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulae_rt.errors import DtypeError, ShapeError, UsageError
 from ulae_rt.kernels import _launch
-from ulae_rt.kernels._check import check_volume
+from ulae_rt.kernels._check import check_volume, is_whole
 from ulae_rt.kernels._features import fake_features
 from ulae_rt.kernels.moving_block.reference import moving_block_reference
 
@@ -64,10 +64,9 @@ def moving_block(
     Source: ULAE-net section 2.2; Uncoupled_Encoding_Block, ULAE/ULAE.py at ac89ce5.
     """
     check_volume("moving_block", "x", x)
-    if not dilations or min(dilations) < 1:
-        raise UsageError(
-            f"moving_block: dilations are {tuple(dilations)}, expected positive integers"
-        )
+    whole = isinstance(dilations, Sequence) and all(map(is_whole, dilations))
+    if not whole or not dilations or min(dilations) < 1:
+        raise UsageError(f"moving_block: dilations are {dilations}, expected positive integers")
     B, C, *sizes = x.shape
     n, channels = len(dilations), kernels.shape[1] if kernels.ndim == 6 else 0
     if channels == 0 or tuple(kernels.shape) != (n, channels, C, 3, 3, 3):

@@ -7,7 +7,12 @@ from torch import Tensor
 
 from ulae_rt.errors import DtypeError, ShapeError, UsageError
 from ulae_rt.kernels import _launch
-from ulae_rt.kernels._check import check_choice, check_displacement, check_factor
+from ulae_rt.kernels._check import (
+    check_choice,
+    check_displacement,
+    check_factor,
+    is_whole,
+)
 from ulae_rt.kernels.sample_world.reference import sample_world_reference
 
 MODES = ("linear", "nearest")
@@ -113,7 +118,12 @@ def sample_world(
             "move one to the other",
         )
     sizes = image.shape[2:] if shape is None else shape
-    if len(sizes) != 3 or min(sizes) < 1:
+    if not isinstance(sizes, Sequence) or len(sizes) != 3 or not all(map(is_whole, sizes)):
+        raise ShapeError(
+            f"sample_world: shape is {sizes}, expected three whole numbers (D, H, W)",
+            "give the three sizes of the output",
+        )
+    if min(sizes) < 1:
         raise ShapeError(
             f"sample_world: shape is {tuple(sizes)}, expected (D, H, W), all positive",
             "give the three sizes of the output",

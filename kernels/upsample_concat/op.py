@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulae_rt.errors import DtypeError, ShapeError, UsageError
 from ulae_rt.kernels import _launch
-from ulae_rt.kernels._check import check_volume
+from ulae_rt.kernels._check import check_volume, is_whole
 from ulae_rt.kernels._features import fake_features
 from ulae_rt.kernels.upsample_concat.reference import upsample_concat_reference
 
@@ -101,7 +101,7 @@ def upsample_concat(x: Tensor, skip: Tensor, *, width: int | None = None) -> Ten
     channels = x.shape[1] + skip.shape[1]
     if width is None:
         width = channels
-    if width < channels:
+    if not is_whole(width) or width < channels:
         raise UsageError(
             f"upsample_concat: width is {width}, expected at least the {x.shape[1]} channels of x "
             f"and the {skip.shape[1]} of skip",

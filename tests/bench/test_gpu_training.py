@@ -177,6 +177,10 @@ def test_mistakes_are_said_in_two_lines(unpacked: Path, tmp_path: Path) -> None:
     ]
     assert rows(out)[-1]["what"] == "failed"
     (tmp_path / "state.pt").touch()
+    done = trained_there(unpacked, out, 1, "--checkpoint", tmp_path)
+    assert done.returncode == 1
+    assert not (out / "run").exists()  # or it would be in the way of the next try
+    assert trained_there(unpacked, out, -1).stderr.startswith("error: --minutes is -1, expected")
     (out / "run").mkdir()
     done = trained_there(unpacked, out, 1, "--checkpoint", tmp_path)
     assert f"error: {out / 'run'} exists, expected a new folder" in done.stderr

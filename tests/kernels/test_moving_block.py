@@ -114,6 +114,8 @@ def test_a_gradient_is_refused(index: int) -> None:
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": torch.zeros(2, 3, 4)}, ShapeError, "x has shape (2, 3, 4), expected (B, C, D, H, W)"),
     ({"dilations": ()}, UsageError, "dilations are (), expected positive integers"),
+    ({"dilations": (1, 1.5)}, UsageError, "dilations are (1, 1.5), expected positive integers"),
+    ({"dilations": 1}, UsageError, "dilations are 1, expected positive integers"),
     ({"dilations": (1, 0)}, UsageError, "dilations are (1, 0), expected positive integers"),
     (
         {"dilations": (1, 2, 3)}, ShapeError,

@@ -198,7 +198,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"matrix": matrices(2).half()}, DtypeError, "matrix is torch.float16, expected float32 or"),
     ({"matrix": matrices(2).to("meta")}, ShapeError, "matrix is on meta, expected cpu as image"),
-    ({"shape": (3, 4)}, ShapeError, "shape is (3, 4), expected (D, H, W), all positive"),
+    ({"shape": (3, 4)}, ShapeError, "shape is (3, 4), expected three whole numbers (D, H, W)"),
+    ({"shape": (3, 4, 2.5)}, ShapeError, "shape is (3, 4, 2.5), expected three whole numbers"),
+    ({"shape": 4}, ShapeError, "shape is 4, expected three whole numbers (D, H, W)"),
+    ({"factor": "2"}, UsageError, "factor is 2, expected a positive integer"),
     ({"shape": (3, 0, 4)}, ShapeError, "shape is (3, 0, 4), expected (D, H, W), all positive"),
     (
         {"shape": (3, 4, 6)}, ShapeError,
