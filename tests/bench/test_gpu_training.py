@@ -176,13 +176,16 @@ def test_mistakes_are_said_in_two_lines(unpacked: Path, tmp_path: Path) -> None:
         "hint: give that folder, or leave CHECKPOINT out to begin anew",
     ]
     assert rows(out)[-1]["what"] == "failed"
-    (tmp_path / "state.pt").touch()
-    done = trained_there(unpacked, out, 1, "--checkpoint", tmp_path)
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "state.pt").touch()
+    done = trained_there(unpacked, out, 1, "--checkpoint", earlier)
     assert done.returncode == 1
+    assert "state.pt" in done.stderr
     assert not (out / "run").exists()  # or it would be in the way of the next try
     assert trained_there(unpacked, out, -1).stderr.startswith("error: --minutes is -1, expected")
     (out / "run").mkdir()
-    done = trained_there(unpacked, out, 1, "--checkpoint", tmp_path)
+    done = trained_there(unpacked, out, 1, "--checkpoint", earlier)
     assert f"error: {out / 'run'} exists, expected a new folder" in done.stderr
     assert "Traceback" not in done.stderr
 
