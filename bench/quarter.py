@@ -83,7 +83,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     if source == "unknown":
-        print(f"warning: the commit is unknown; set {VARIABLE}, or no figure can be kept")
+        print(f"warning: the commit is unknown; set {VARIABLE}, or the figures cannot be committed")
     try:
         run = Evidence(arguments.out, "run")
     except OSError as error:

@@ -143,11 +143,8 @@ def network(evidence: Evidence, setting: Setting) -> None:
                 if kind != "eager":
                     run, how = captured(run, setting)
                 seconds = times(run, setting)
-                off = (run().float() - truth).norm(dim=1)
-            evidence.add(
-                f"{kind}, {name}", how=how, seconds=seconds, median=median(seconds),
-                voxels_off_mean=float(off.mean()), voxels_off_largest=float(off.max()),
-            )  # fmt: skip
+                off = voxels_off(name, run(), truth)
+            evidence.add(f"{kind}, {name}", how=how, seconds=seconds, median=median(seconds), **off)
         host_to_host(evidence, net, name, pair, truth, setting)
         if name != "fp32" or setting.small:
             with exact_convolutions(), torch.inference_mode():
@@ -201,12 +198,22 @@ def host_to_host(
         started = time.perf_counter()
         backend.run(arrays, ["disp"])
         seconds.append(time.perf_counter() - started)
-    off = (torch.from_numpy(disp) - truth.cpu()).norm(dim=1)
+    off = voxels_off(precision, torch.from_numpy(disp), truth.cpu())
     evidence.add(
         f"host to host, {precision}", how=f"first after {first:.2f} s", seconds=seconds,
-        median=median(seconds), voxels_off_mean=float(off.mean()),
-        voxels_off_largest=float(off.max()),
+        median=median(seconds), **off,
     )  # fmt: skip
+
+
+def voxels_off(precision: str, disp: Tensor, truth: Tensor) -> dict[str, Any]:
+    """How far a displacement is from the network's in float32, and whether that is right."""
+    off = (disp.float() - truth).norm(dim=1)
+    mean, largest = float(off.mean()), float(off.max())
+    if precision == "fp32":
+        right = largest <= network_suite.FP32_TOLERANCE_VOXELS
+    else:
+        right = mean <= network_suite.HALF_TOLERANCE_VOXELS
+    return {"voxels_off_mean": mean, "voxels_off_largest": largest, "right": right}
 
 
 def captured(run: Run, setting: Setting) -> tuple[Run, str]:

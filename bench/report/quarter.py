@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.case import PACKAGE
+from harness.checkout import VARIABLE
 from harness.evidence import read, rows
 from harness.files import write_whole
 from harness.record import RESULTS
@@ -142,11 +143,12 @@ def _network(evidence: Sequence[Row]) -> Iterator[str]:
     network = _of(evidence, "network")
     body: list[Sequence[object]] = [
         (row["what"], row["how"], words.seconds(row["median"]), words.seconds(min(row["seconds"])),
-         f"{row['voxels_off_mean']:.2g}, {row['voxels_off_largest']:.2g}")
+         f"{row['voxels_off_mean']:.2g}, {row['voxels_off_largest']:.2g}",
+         "" if row["right"] else "**wrong**")
         for row in network
         if "voxels_off_mean" in row
     ]  # fmt: skip
-    header = ("one pair", "how", "median", "least", "voxels off: mean, largest")
+    header = ("one pair", "how", "median", "least", "voxels off: mean, largest", "")
     yield from _table("The network, device to device but where it says host", header, body)
     shapes = sorted(
         (row for row in network if row["what"].startswith("convolution")),
@@ -221,16 +223,22 @@ def section(evidence: Sequence[Row]) -> str:
 
 def _network_rows(evidence: Sequence[Row]) -> Iterator[Sequence[str]]:
     """One pair as weights are run, on the device and with the copies, beside the network eager."""
-    medians = {row["what"]: row["median"] for row in _of(evidence, "network") if "how" in row}
-    for what, median in medians.items():
+    timed = {row["what"]: row for row in _of(evidence, "network") if "how" in row}
+    for what, row in timed.items():
         kind, precision = what.split(", ")
-        if kind in NETWORK:
-            eager = medians.get(f"eager, {precision}")
-            beside = (
-                f"{words.times(eager / median)} eager ({words.seconds(eager)})" if eager else ""
-            )
-            name = f"Network, one pair, {precision}{NETWORK[kind]}"
-            yield name, words.seconds(median), GOALS.get(what, ""), beside, ""
+        if kind not in NETWORK:
+            continue
+        name = f"Network, one pair, {precision}{NETWORK[kind]}"
+        if not row["right"]:
+            off = f"wrong: {row['voxels_off_mean']:.2g} voxel off in the mean"
+            yield name, off, GOALS.get(what, ""), "", ""
+            continue
+        eager = timed.get(f"eager, {precision}")
+        beside = ""
+        if eager and eager["right"]:
+            ratio = words.times(eager["median"] / row["median"])
+            beside = f"{ratio} eager ({words.seconds(eager['median'])})"
+        yield name, words.seconds(row["median"]), GOALS.get(what, ""), beside, ""
 
 
 def _goal_rows(evidence: Sequence[Row]) -> Iterator[Sequence[str]]:
@@ -278,7 +286,7 @@ def commit_to(folder: Path, evidence: Sequence[Row]) -> list[Path]:
     """Write the evidence and its page under a name of their own.
 
     Raises:
-        ValueError: nothing in it is of a GPU.
+        ValueError: nothing in it is of a GPU, or of a commit.
     """
     machine = _machine(evidence)
     begun = _of(evidence, "run", "begun")
@@ -288,6 +296,11 @@ def commit_to(folder: Path, evidence: Sequence[Row]) -> list[Path]:
             "on one; only the page can be made of it: leave --commit-to out"
         )
     date, commit, dirty = _source(evidence)
+    if commit == "unknown":
+        raise ValueError(
+            "the evidence does not say its commit, expected that of a checkout or of "
+            f"{VARIABLE}; where you know it, write it into 'commit' of the row 'begun'"
+        )
     stem = f"quarter-{machine['name']}-{date}-{commit}{'-dirty' * dirty}"
     texts = {
         "jsonl": "".join(f"{json.dumps(row)}\n" for row in evidence), "md": page(evidence)

@@ -56,7 +56,7 @@ def _slabs(
         if disp is not None:
             u = disp[:, slab].double()
             for x, row in zip(points, matrix, strict=True):
-                for step, component in zip(row, u, strict=False):
+                for step, component in zip(row[:3], u, strict=True):
                     x.addcmul_(component, step)
         yield slab, points
 

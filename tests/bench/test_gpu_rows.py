@@ -28,10 +28,12 @@ def folders(tmp_path: Path) -> list[Path]:
     Evidence(first, "facts").add("machine", name="nvidia-h200", title="NVIDIA H200", gpu="H200")
     Evidence(first, "facts").add("copy", bytes_per_second=4e12)
     network = Evidence(first, "network")
-    off = {"how": "graph", "voxels_off_mean": 0.01, "voxels_off_largest": 0.1}
+    off = {"how": "graph", "voxels_off_mean": 0.01, "voxels_off_largest": 0.1, "right": True}
     network.add("eager, fp16", median=0.012, seconds=[0.012], **off)
     network.add("program, fp16", median=0.004, seconds=[0.004], **off)
     network.add("host to host, fp16", median=0.03, seconds=[0.03], **off)
+    wrong = {**off, "voxels_off_mean": 3.0, "right": False}
+    network.add("program, bf16", median=0.001, seconds=[0.001], **wrong)
     training = Evidence(first, "training")
     training.add("one pair", **timed("released", 0.2, gpu_peak_gb=40.0))
     training.add("one pair", **timed("ulae_rt bf16", 0.025, gpu_peak_gb=9.5))
@@ -58,12 +60,24 @@ def test_rows_of_the_network_the_goals_and_training(folders: list[Path]) -> None
         "|---|---|---|---|---|",
         "| Network, one pair, fp16 | 4.00 ms | 3 ms | 3.0× eager (12.0 ms) | - |",
         "| Network, one pair, fp16, host to host | 30.0 ms | - | 0.40× eager (12.0 ms) | - |",
+        "| Network, one pair, bf16 | wrong: 3 voxel off in the mean | - | - | - |",
         "| Kernel, warp | 50.0 µs | 2.00 x, asked for 1.25 x the floor | 8.0× released (400 µs) "
         "| - |",
         "| Kernel, lncc | 400 µs | 450 us | - | - |",
         "| Training step, one pair: ulae_rt bf16 | 25.0 ms | - | 8.0× released (200 ms) "
         "| 9.50 GB |",
     ]
+
+
+def test_evidence_of_no_commit_is_not_kept(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folders[0] / "evidence.jsonl"
+    file.write_text(file.read_text().replace("0123abcde", "unknown"))
+    results = folders[0] / "results"
+    assert run(monkeypatch, folders[0], "--commit-to", results) == 1
+    assert "error: the evidence does not say its commit" in capsys.readouterr().err
+    assert not results.exists()
 
 
 def test_without_evidence_it_says_so(tmp_path: Path) -> None:

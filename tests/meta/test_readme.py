@@ -43,8 +43,9 @@ def help_of(command: str) -> str:
 
 
 def test_length() -> None:
-    written = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->\n", "", README, flags=re.DOTALL)
-    assert len(written.splitlines()) <= 125  # beside the tables that `bench/report` writes
+    # But for the rows of a GPU, which `bench/report` adds once there are any.
+    written = re.sub(r"(?<=<!-- gpu -->\n).*?(?=<!-- /gpu -->)", "", README, flags=re.DOTALL)
+    assert len(written.splitlines()) < 150
 
 
 def test_commands_are_used_at_all() -> None:
