@@ -68,5 +68,7 @@ def compared(cache: Path, arch: int) -> dict[str, Any]:
         here = key(arch)
         differ = [name for name, value in here.items() if carried.get(name) != value]
     except (AttributeError, ImportError, OSError, ValueError) as error:
-        return {"same": False, "why": f"{type(error).__name__}: {error}"}
+        # Without the path that an OSError has in its words: this is committed.
+        words = error.strerror if isinstance(error, OSError) else error
+        return {"same": False, "why": f"{type(error).__name__}: {words}"}
     return {"same": not differ, "differ": differ, "carried": carried, "here": here}

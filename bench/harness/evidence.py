@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "evidence.jsonl"
+# The checkout, of which an error's words may name a file; the rows are committed.
+HERE = str(Path(__file__).resolve().parents[2])
 
 
 class Evidence:
@@ -38,7 +40,8 @@ class Evidence:
         with self.path.open("a", encoding="utf-8") as file:
             # A line that a killed process began must not spoil this one.
             begin = "" if _ends_with_newline(self.path) else "\n"
-            file.write(f"{begin}{json.dumps(row, default=str)}\n")
+            text = json.dumps(row, default=str).replace(HERE, ".")
+            file.write(f"{begin}{text}\n")
             file.flush()
             os.fsync(file.fileno())
 

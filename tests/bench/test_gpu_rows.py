@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from _support.project import ROOT
 from harness.evidence import Evidence, read, rows
 from report import quarter
 
@@ -78,6 +79,11 @@ def test_evidence_of_no_commit_is_not_kept(
     assert run(monkeypatch, folders[0], "--commit-to", results) == 1
     assert "error: the evidence does not say its commit" in capsys.readouterr().err
     assert not results.exists()
+
+
+def test_no_row_names_where_the_files_lay(tmp_path: Path) -> None:
+    Evidence(tmp_path, "tests").add("failed test", why=f"{ROOT}/tests/kernels/test_warp.py:3")
+    assert rows(tmp_path)[0]["why"] == "./tests/kernels/test_warp.py:3"
 
 
 def test_without_evidence_it_says_so(tmp_path: Path) -> None:
