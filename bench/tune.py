@@ -100,7 +100,7 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
         "norm_activate_merge": norm,
         "resize_backward": Job(lambda: ops.resize_displacement_backward(disp, 2)),
         "resize_forward": Job(lambda: ops.resize_displacement(coarse, 2)),
-        "sample_world": Job(lambda: ops.sample_world(image, turned, disp, grid, "linear", 1)),
+        "sample_world": Job(lambda: ops.sample_world(image, turned, disp, None, grid, "linear", 1)),
         "upsample_concat_backward": Job(
             lambda: ops.upsample_concat_backward(concatenated, 16), torch.bfloat16
         ),

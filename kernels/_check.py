@@ -1,5 +1,7 @@
 """What every op asks of its arguments, with messages that say expected and got."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -79,3 +81,49 @@ def check_factor(op: str, factor: int) -> None:
     """``factor`` is a positive integer."""
     if not is_whole(factor) or factor < 1:
         raise UsageError(f"{op}: factor is {factor}, expected a positive integer")
+
+
+def check_sizes(op: str, shape: Sequence[int]) -> tuple[int, int, int]:
+    """``shape`` is three positive whole numbers."""
+    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(map(is_whole, shape)):
+        raise ShapeError(
+            f"{op}: shape is {shape}, expected three whole numbers (D, H, W)",
+            "give the three sizes of the output",
+        )
+    if min(shape) < 1:
+        raise ShapeError(
+            f"{op}: shape is {tuple(shape)}, expected (D, H, W), all positive",
+            "give the three sizes of the output",
+        )
+    depth, height, width = shape
+    return depth, height, width
+
+
+def check_matrix(op: str, name: str, matrix: Tensor, columns: int, like: Tensor) -> None:
+    """``matrix`` is (B, 3, columns) in float32 or float64, on ``like``'s batch and device."""
+    expected = (len(like), 3, columns)
+    if tuple(matrix.shape) != expected:
+        raise ShapeError(
+            f"{op}: {name} has shape {tuple(matrix.shape)}, expected {expected}",
+            "give one matrix for each batch entry, without its last row",
+        )
+    if matrix.dtype not in (torch.float32, torch.float64):
+        raise DtypeError(
+            f"{op}: {name} is {matrix.dtype}, expected float32 or float64",
+            f"convert it: {name}.double()",
+        )
+    if matrix.device != like.device:
+        raise ShapeError(
+            f"{op}: {name} is on {matrix.device}, expected {like.device}",
+            "move one to the other",
+        )
+
+
+def check_no_gradient(op: str, **tensors: Tensor | None) -> None:
+    """No gradient is asked of an operation that has none."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise UsageError(
+                f"{op}: {name} requires a gradient, and this operation has none",
+                "call it under torch.no_grad()",
+            )

@@ -70,6 +70,38 @@ def volume_size(D, H, W):
 
 
 @triton.jit
+def linear_row(ptr, ROW: tl.constexpr, ACC: tl.constexpr):
+    """A row of a (3, 3) matrix, three numbers.
+
+    Rows are read before anything is stored, since that could be the matrix for all Triton knows.
+    """
+    ptr += 3 * ROW
+    return tl.load(ptr).to(ACC), tl.load(ptr + 1).to(ACC), tl.load(ptr + 2).to(ACC)
+
+
+@triton.jit
+def affine_row(ptr, ROW: tl.constexpr, ACC: tl.constexpr):
+    """A row of a (3, 4) matrix, four numbers; see :func:`linear_row`."""
+    ptr += 4 * ROW
+    return (
+        tl.load(ptr).to(ACC), tl.load(ptr + 1).to(ACC),
+        tl.load(ptr + 2).to(ACC), tl.load(ptr + 3).to(ACC),
+    )  # fmt: skip
+
+
+@triton.jit
+def affine_coordinate(row, d, h, w):
+    """One coordinate of where a (3, 4) matrix maps voxel (d, h, w)."""
+    return row[0] * d + (row[1] * h + (row[2] * w + row[3]))
+
+
+@triton.jit
+def times_components(row, u):
+    """A row of a (3, 3) matrix times three components."""
+    return row[0] * u[0] + (row[1] * u[1] + row[2] * u[2])
+
+
+@triton.jit
 def coarse_axis(index, size, FACTOR: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr):
     """Where fine voxel ``index`` lies between ``size`` coarse ones, align_corners=True.
 

@@ -171,10 +171,11 @@ def cases() -> Iterator[Case]:
     yield Case("warp_compose, factor 2", partial(fused, factor=2), (image, disp, coarse))
     for mode, sampled in (("linear", image), ("nearest", _volume(1, torch.int16))):
         sample = partial(kernels.sample_world, mode=mode)
-        needs = (False,) * 3
-        yield Case(f"sample_world, {mode}", sample, (sampled, torch.empty(1, 3, 4)), needs[:2])
-        inputs = (sampled, torch.empty(1, 3, 4), disp)
+        in_mm = partial(sample, disp_matrix=torch.empty(1, 3, 3))
+        inputs, needs = (sampled, torch.empty(1, 3, 4), disp), (False,) * 3
+        yield Case(f"sample_world, {mode}", sample, inputs[:2], needs[:2])
         yield Case(f"sample_world, {mode}, displaced", sample, inputs, needs)
+        yield Case(f"sample_world, {mode}, displaced in mm", in_mm, inputs, needs)
     for factor in (2, 4):
         resize = partial(kernels.resize_displacement, factor=factor)
         yield Case(f"resize, factor {factor}", resize, (_volume(3, factor=factor),))

@@ -8,33 +8,21 @@ from torch import Tensor
 from ulae_rt.kernels import _launch
 from ulae_rt.kernels._configs import launch_config
 from ulae_rt.kernels._sampling import (
+    affine_coordinate,
+    affine_row,
     corners,
     displacement,
     interpolate,
+    linear_row,
     march_through,
     slices_of,
     tile_of,
+    times_components,
     volume_size,
 )
 
 # A lane's on sm_90, at most; programs are cut by how many of them fit at a time.
 REGISTERS = 48
-
-
-@triton.jit
-def _row(matrix_ptr, ROW: tl.constexpr, ACC: tl.constexpr):
-    """Four numbers; read once, since what is stored later could be them for all Triton knows."""
-    ptr = matrix_ptr + 4 * ROW
-    return (
-        tl.load(ptr).to(ACC), tl.load(ptr + 1).to(ACC),
-        tl.load(ptr + 2).to(ACC), tl.load(ptr + 3).to(ACC),
-    )  # fmt: skip
-
-
-@triton.jit
-def _times(row, d, h, w):
-    """A coordinate in the image, voxels."""
-    return row[0] * d + (row[1] * h + (row[2] * w + row[3]))
 
 
 @triton.jit
@@ -59,18 +47,26 @@ def _nearer(axis):
 
 @triton.jit(do_not_specialize=["DI", "HI", "WI", "D", "H", "slices"])
 def _sample_world_kernel(
-    image_ptr, matrix_ptr, disp_ptr, out_ptr, C, DI, HI, WI, D, H, W, slices,
-    SHARED: tl.constexpr, FACTOR: tl.constexpr, BATCHED: tl.constexpr, NEAREST: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr,
+    image_ptr, matrix_ptr, disp_ptr, disp_matrix_ptr, out_ptr, C, DI, HI, WI, D, H, W, slices,
+    SHARED: tl.constexpr, FACTOR: tl.constexpr, MAPPED: tl.constexpr, BATCHED: tl.constexpr,
+    NEAREST: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """SHARED: one image for the whole batch. FACTOR: of the displacement; 0 for none."""
+    """SHARED: one image for the whole batch. FACTOR: of the displacement; 0 for none.
+
+    MAPPED: the displacement has a matrix of its own.
+    """
     b, first, end = slices_of(D, slices, BATCHED, WIDE)
     h, w, mask = tile_of(H, W, TILE_H, TILE_W, WIDE)
     matrix_ptr += 12 * b
-    by_d = _row(matrix_ptr, 0, ACC)
-    by_h = _row(matrix_ptr, 1, ACC)
-    by_w = _row(matrix_ptr, 2, ACC)
+    row_d = affine_row(matrix_ptr, 0, ACC)
+    row_h = affine_row(matrix_ptr, 1, ACC)
+    row_w = affine_row(matrix_ptr, 2, ACC)
+    if MAPPED:
+        disp_matrix_ptr += 9 * b
+        step_d = linear_row(disp_matrix_ptr, 0, ACC)
+        step_h = linear_row(disp_matrix_ptr, 1, ACC)
+        step_w = linear_row(disp_matrix_ptr, 2, ACC)
     image_voxels = volume_size(DI, HI, WI)
     voxels = volume_size(D, H, W)
     if not SHARED:
@@ -82,12 +78,20 @@ def _sample_world_kernel(
         p_w = w.to(ACC)
         if FACTOR > 0:
             u = displacement(disp_ptr, b, d, h, w, D, H, W, mask, FACTOR, ACC, WIDE)
-            p_d = p_d + u[0]
-            p_h = p_h + u[1]
-            p_w = p_w + u[2]
-        on_d, in_d = _axis(_times(by_d, p_d, p_h, p_w), DI, WIDE)
-        on_h, in_h = _axis(_times(by_h, p_d, p_h, p_w), HI, WIDE)
-        on_w, in_w = _axis(_times(by_w, p_d, p_h, p_w), WI, WIDE)
+            if not MAPPED:
+                p_d = p_d + u[0]
+                p_h = p_h + u[1]
+                p_w = p_w + u[2]
+        x_d = affine_coordinate(row_d, p_d, p_h, p_w)
+        x_h = affine_coordinate(row_h, p_d, p_h, p_w)
+        x_w = affine_coordinate(row_w, p_d, p_h, p_w)
+        if MAPPED:
+            x_d += times_components(step_d, u)
+            x_h += times_components(step_h, u)
+            x_w += times_components(step_w, u)
+        on_d, in_d = _axis(x_d, DI, WIDE)
+        on_h, in_h = _axis(x_h, HI, WIDE)
+        on_w, in_w = _axis(x_w, WI, WIDE)
         cells = (on_d, on_h, on_w)
         inside = mask & in_d & in_h & in_w
         at = (d * H + h) * W + w
@@ -105,6 +109,7 @@ def launch_forward(
     image: Tensor,
     matrix: Tensor,
     disp: Tensor | None,
+    disp_matrix: Tensor | None,
     *,
     shape: tuple[int, int, int],
     mode: str,
@@ -122,9 +127,12 @@ def launch_forward(
     with torch.cuda.device_of(image):
         _sample_world_kernel[grid](
             image, matrix.to(accumulate).contiguous(),
-            image if disp is None else disp.contiguous(), out, C, DI, HI, WI, D, H, W, slices,
-            SHARED=len(image) == 1, FACTOR=0 if disp is None else factor, BATCHED=batch > 1,
-            NEAREST=mode == "nearest", ACC=_launch.triton_type(accumulate),
+            image if disp is None else disp.contiguous(),
+            image if disp_matrix is None else disp_matrix.to(accumulate).contiguous(), out,
+            C, DI, HI, WI, D, H, W, slices,
+            SHARED=len(image) == 1, FACTOR=0 if disp is None else factor,
+            MAPPED=disp_matrix is not None, BATCHED=batch > 1, NEAREST=mode == "nearest",
+            ACC=_launch.triton_type(accumulate),
             WIDE=_launch.wide_index(max(DI * HI * WI, D * H * W)),
             TILE_H=config.tile[1], TILE_W=config.tile[2], num_warps=config.warps,
         )  # fmt: skip

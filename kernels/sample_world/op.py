@@ -11,7 +11,9 @@ from ulae_rt.kernels._check import (
     check_choice,
     check_displacement,
     check_factor,
-    is_whole,
+    check_matrix,
+    check_no_gradient,
+    check_sizes,
 )
 from ulae_rt.kernels.sample_world.reference import sample_world_reference
 
@@ -23,6 +25,7 @@ def _sample_world(
     image: Tensor,
     matrix: Tensor,
     disp: Tensor | None,
+    disp_matrix: Tensor | None,
     shape: Sequence[int],
     mode: str,
     factor: int,
@@ -32,8 +35,9 @@ def _sample_world(
 
     depth, height, width = shape
     return kernel.launch_forward(
-        image, matrix, disp, shape=(depth, height, width), mode=mode, factor=factor
-    )
+        image, matrix, disp, disp_matrix,
+        shape=(depth, height, width), mode=mode, factor=factor,
+    )  # fmt: skip
 
 
 @_sample_world.register_fake
@@ -41,6 +45,7 @@ def _(
     image: Tensor,
     matrix: Tensor,
     disp: Tensor | None,
+    disp_matrix: Tensor | None,
     shape: Sequence[int],
     mode: str,
     factor: int,
@@ -53,6 +58,7 @@ def sample_world(
     matrix: Tensor,
     disp: Tensor | None = None,
     *,
+    disp_matrix: Tensor | None = None,
     shape: Sequence[int] | None = None,
     mode: str = "linear",
     factor: int = 1,
@@ -60,6 +66,7 @@ def sample_world(
     """An image of any size, through a matrix and a displacement, on another grid.
 
         out[b, c, p] = image[b, c] at M[b] (p + u[b](p))
+        out[b, c, p] = image[b, c] at M[b] p + N[b] u[b](p)    with ``disp_matrix`` N
 
     In one interpolation. The border is ITK's, which reads the warps: half a voxel around the
     outermost centres still belongs to the image and has the value of the nearest of them; beyond
@@ -71,7 +78,11 @@ def sample_world(
         matrix: (B, 3, 4), float32 or float64: from voxels (d, h, w) of the output's grid to voxels
             of the image. A NaN samples nothing: 0.
         disp: (B, 3, D' / factor, H' / factor, W' / factor), its own voxels, components in
-            (d, h, w) order, any floating type; None for none.
+            (d, h, w) order, any floating type; None for none. With ``disp_matrix`` in whatever
+            units and axes that takes.
+        disp_matrix: (B, 3, 3), float32 or float64: from the displacement to voxels of the image,
+            for one in mm the inverse of the image's voxel-to-mm matrix; only with ``factor`` 1.
+            None: the first three columns of ``matrix``.
         shape: (D', H', W') of the output; None for the image's.
         mode: ``linear``, or ``nearest`` for label maps, whose type and values stay; a half goes up.
         factor: ``disp`` is first brought to the output's grid as by
@@ -79,12 +90,13 @@ def sample_world(
 
     Returns:
         (B, C, D', H', W') in ``image``'s type; the kernel computes in float32, or float64 when an
-        input other than the matrix is, the reference in float64.
+        input other than a matrix is, the reference in float64.
 
     Raises:
         ShapeError: if a shape is none of the above, or the tensors are not on one device.
         DtypeError: if a type is not.
-        UsageError: for another ``mode`` or ``factor``, or if a gradient would be needed.
+        UsageError: for another ``mode`` or ``factor``, for a ``disp_matrix`` without ``disp`` or
+            with another factor than 1, or if a gradient would be needed.
     """
     check_choice("sample_world", "mode", mode, MODES)
     check_factor("sample_world", factor)
@@ -107,42 +119,32 @@ def sample_world(
             f"{len(image)} images",
             "give one matrix for each image, or one image for all; leave out the last row",
         )
-    if matrix.dtype not in (torch.float32, torch.float64):
-        raise DtypeError(
-            f"sample_world: matrix is {matrix.dtype}, expected float32 or float64",
-            "convert it: matrix.double()",
-        )
-    if matrix.device != image.device:
-        raise ShapeError(
-            f"sample_world: matrix is on {matrix.device}, expected {image.device} as image",
-            "move one to the other",
-        )
-    sizes = image.shape[2:] if shape is None else shape
-    if not isinstance(sizes, Sequence) or len(sizes) != 3 or not all(map(is_whole, sizes)):
-        raise ShapeError(
-            f"sample_world: shape is {sizes}, expected three whole numbers (D, H, W)",
-            "give the three sizes of the output",
-        )
-    if min(sizes) < 1:
-        raise ShapeError(
-            f"sample_world: shape is {tuple(sizes)}, expected (D, H, W), all positive",
-            "give the three sizes of the output",
-        )
-    depth, height, width = sizes
+    # What the matrices and the displacement are of, without memory.
+    images = image.expand(len(matrix), -1, -1, -1, -1)
+    check_matrix("sample_world", "matrix", matrix, 4, images)
+    sizes = check_sizes("sample_world", image.shape[2:] if shape is None else shape)
     if disp is not None:
-        # What it lies on, without memory.
-        output = torch.empty((), device=image.device).expand(len(matrix), 1, depth, height, width)
+        output = torch.empty((), device=image.device).expand(len(matrix), 1, *sizes)
         check_displacement("sample_world", "disp", disp, like=output, factor=factor)
-    given = {"image": image, "matrix": matrix, "disp": disp}
-    for name, tensor in given.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+    if disp_matrix is not None:
+        if disp is None:
             raise UsageError(
-                f"sample_world: {name} requires a gradient, and this operation has none",
-                "call it under torch.no_grad()",
+                "sample_world: disp_matrix is given and disp is None, expected both",
+                "give the displacement that the matrix is for, or leave the matrix out",
             )
+        if factor != 1:
+            raise UsageError(
+                f"sample_world: factor is {factor}, expected 1 with disp_matrix: a factor scales a "
+                "displacement in voxels",
+                "resample the displacement to the output's grid first",
+            )
+        check_matrix("sample_world", "disp_matrix", disp_matrix, 3, images)
+    check_no_gradient(
+        "sample_world", image=image, matrix=matrix, disp=disp, disp_matrix=disp_matrix
+    )
     if _launch.uses_triton(image):
-        out: Tensor = _sample_world(image, matrix, disp, (depth, height, width), mode, factor)
+        out: Tensor = _sample_world(image, matrix, disp, disp_matrix, sizes, mode, factor)
         return out
     return sample_world_reference(
-        image, matrix, disp, shape=(depth, height, width), mode=mode, factor=factor
+        image, matrix, disp, disp_matrix, shape=sizes, mode=mode, factor=factor
     )

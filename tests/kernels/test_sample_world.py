@@ -27,14 +27,19 @@ def matrices(batch: int, shift: float = 1.5) -> Tensor:
 
 
 def by_voxels(
-    image: Tensor, matrix: Tensor, disp: Tensor | None, shape: tuple[int, int, int]
+    image: Tensor,
+    matrix: Tensor,
+    disp: Tensor | None,
+    shape: tuple[int, int, int],
+    disp_matrix: Tensor | None = None,
 ) -> npt.NDArray[np.float64]:
     """Point by point, the eight voxels around it: clamped to the border, 0 beyond half a voxel."""
+    steps = matrix[:, :, :3] if disp_matrix is None else disp_matrix
     sizes = image.shape[2:]
     out = np.zeros((len(matrix), image.shape[1], *shape))
     for b, *p in itertools.product(range(len(matrix)), *map(range, shape)):
         u = np.zeros(3) if disp is None else disp[(b, slice(None), *p)].numpy()
-        x = matrix[b].numpy() @ np.append(p + u, 1.0)
+        x = matrix[b].numpy() @ np.append(p, 1.0) + steps[b].numpy() @ u
         if not all(-0.5 <= value < size - 0.5 for value, size in zip(x, sizes, strict=True)):
             continue
         x = [min(max(value, 0.0), size - 1) for value, size in zip(x, sizes, strict=True)]
@@ -50,15 +55,16 @@ def by_voxels(
 
 @pytest.mark.parametrize("sizes", [(4, 5, 6), (1, 3, 5), (3, 1, 1)], ids=str)
 @pytest.mark.parametrize(("batch", "images"), [(1, 1), (3, 3), (3, 1)])
-@pytest.mark.parametrize("displaced", [False, True])
+@pytest.mark.parametrize("displaced", ["not", "in voxels", "in mm"])
 def test_is_the_mean_of_the_voxels_around(
-    sizes: tuple[int, ...], batch: int, images: int, displaced: bool
+    sizes: tuple[int, ...], batch: int, images: int, displaced: str
 ) -> None:
     image, shape = noise(images, 2, *sizes), (5, 3, 4)
-    disp = 2 * noise(batch, 3, *shape, seed=2) - 1 if displaced else None
+    disp = None if displaced == "not" else 2 * noise(batch, 3, *shape, seed=2) - 1
+    disp_matrix = noise(batch, 3, 3, seed=9) - 0.5 if displaced == "in mm" else None
     matrix = matrices(batch, shift=0.3)
-    found = sample_world(image, matrix, disp, shape=shape)
-    expected = torch.from_numpy(by_voxels(image, matrix, disp, shape))
+    found = sample_world(image, matrix, disp, disp_matrix=disp_matrix, shape=shape)
+    expected = torch.from_numpy(by_voxels(image, matrix, disp, shape, disp_matrix))
     assert expected.count_nonzero() >= 2 * batch
     assert_close("values", found, expected, TOL["op float64"])
 
@@ -128,21 +134,52 @@ def test_a_coarse_displacement_is_brought_to_the_output(factor: int) -> None:
     assert_equal("fine", found, sample_world(image, matrix, fine, shape=shape))
 
 
+def test_a_displacement_in_mm_on_the_grids_of_two_scans() -> None:
+    """image(G_moving^-1 (G_fixed p + u)), which ITK does for warps as they are written."""
+    fixed, moving = (scale * matrices(1, 4.0)[0] for scale in (1.5, 2.0))
+    shape, image = (7, 8, 6), noise(1, 1, 9, 10, 11)
+    u_mm = 3 * noise(1, 3, *shape, seed=8) - 1.5
+    from_mm = torch.linalg.inv(moving[:, :3])
+    offset = from_mm @ (fixed[:, 3:] - moving[:, 3:])
+    matrix = torch.cat((from_mm @ fixed[:, :3], offset), dim=1)[None]
+    found = sample_world(image, matrix, u_mm, disp_matrix=from_mm[None], shape=shape)
+    in_voxels = torch.einsum("ij,bjdhw->bidhw", torch.linalg.inv(fixed[:, :3]), u_mm)
+    expected = sample_world(image, matrix, in_voxels, shape=shape)
+    assert float((expected > 0).double().mean()) > 0.3
+    assert_close("in mm", found, expected, TOL["op float64"])
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e300])
-@pytest.mark.parametrize("where", ["matrix", "disp"])
+@pytest.mark.parametrize("where", ["matrix", "disp", "disp_matrix"])
 @pytest.mark.parametrize("mode", ["linear", "nearest"])
 def test_a_point_that_is_nowhere_samples_nothing(mode: str, where: str, value: float) -> None:
     image, disp = noise(1, 1, 4, 5, 6) + 1, torch.zeros(1, 3, 4, 5, 6, dtype=torch.float64)
-    matrix = IDENTITY.clone()
+    matrix, disp_matrix = IDENTITY.clone(), IDENTITY[:, :, :3].clone()
     if where == "matrix":
         matrix[0, 1, 3] = value
         assert not sample_world(image, matrix, disp, mode=mode).any()
         return
+    if where == "disp_matrix":
+        disp_matrix[0, 1, 1] = value
+        assert not sample_world(image, matrix, disp + 1, disp_matrix=disp_matrix, mode=mode).any()
+        return
     disp[0, 2, 1, 2, 3] = value
     expected = image.clone()
     expected[0, 0, 1, 2, 3] = 0
+    found = sample_world(image, matrix, disp, disp_matrix=disp_matrix, mode=mode)
+    assert_close("others, in mm", found, expected, TOL["op float64"])
     found = sample_world(image, matrix, disp, mode=mode)
     assert_close("others", found, expected, TOL["op float64"])
+
+
+def test_a_voxel_that_is_no_number_reaches_its_neighbours_alone() -> None:
+    image = noise(1, 2, 4, 5, 6)
+    image[0, 1, 2, 0, 3] = torch.nan  # in the first row of the other channel
+    found = sample_world(image, IDENTITY)
+    expected = torch.zeros_like(image, dtype=torch.bool)
+    expected[0, 1, 1:3, :2, 2:4] = True
+    assert_equal("NaN", found.isnan() & ~expected, torch.zeros_like(expected))
+    assert found[0, 1, 2, 0, 3].isnan()
 
 
 def test_labels_stay_exact() -> None:
@@ -157,7 +194,7 @@ def test_rounds_once(dtype: torch.dtype) -> None:
     assert_equal("rounded", sample_world(image, matrix), exact.to(dtype))
 
 
-@pytest.mark.follows("convert it: image.float()", "convert it: matrix.double()")
+@pytest.mark.follows("convert it: image.float()", "convert it: {}.double()")
 def test_hints_on_types() -> None:
     image, matrix = (100 * noise(1, 1, 3, 4, 5)).short(), matrices(1)
     with pytest.raises(DtypeError) as caught:
@@ -170,9 +207,12 @@ def test_hints_on_types() -> None:
 
 
 @pytest.mark.follows("call it under torch.no_grad()")
-@pytest.mark.parametrize("name", ["image", "matrix", "disp"])
+@pytest.mark.parametrize("name", ["image", "matrix", "disp", "disp_matrix"])
 def test_a_gradient_is_refused(name: str) -> None:
-    given = {"image": noise(1, 1, 3, 4, 5), "matrix": matrices(1), "disp": noise(1, 3, 3, 4, 5)}
+    given = {
+        "image": noise(1, 1, 3, 4, 5), "matrix": matrices(1), "disp": noise(1, 3, 3, 4, 5),
+        "disp_matrix": noise(1, 3, 3),
+    }  # fmt: skip
     given[name].requires_grad_()
     message = f"sample_world: {name} requires a gradient, and this operation has none"
     with pytest.raises(UsageError, match=message) as caught:
@@ -197,7 +237,30 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "matrix has shape (3, 3, 4), expected (B, 3, 4) for 2 images",
     ),
     ({"matrix": matrices(2).half()}, DtypeError, "matrix is torch.float16, expected float32 or"),
-    ({"matrix": matrices(2).to("meta")}, ShapeError, "matrix is on meta, expected cpu as image"),
+    ({"matrix": matrices(2).to("meta")}, ShapeError, "matrix is on meta, expected cpu"),
+    (
+        {"disp_matrix": torch.eye(3)}, ShapeError,
+        "disp_matrix has shape (3, 3), expected (2, 3, 3)",
+    ),
+    (
+        {"disp_matrix": torch.zeros(2, 3, 3).half()}, DtypeError,
+        "disp_matrix is torch.float16, expected float32 or float64",
+    ),
+    (
+        {"disp_matrix": torch.zeros(2, 3, 3, device="meta")}, ShapeError,
+        "disp_matrix is on meta, expected cpu",
+    ),
+    (
+        {"disp_matrix": torch.zeros(2, 3, 3), "disp": None}, UsageError,
+        "disp_matrix is given and disp is None, expected both",
+    ),
+    (
+        {
+            "disp_matrix": torch.zeros(2, 3, 3), "disp": torch.zeros(2, 3, 2, 2, 2), "factor": 2,
+            "shape": (4, 4, 4),
+        },
+        UsageError, "factor is 2, expected 1 with disp_matrix",
+    ),
     ({"shape": (3, 4)}, ShapeError, "shape is (3, 4), expected three whole numbers (D, H, W)"),
     ({"shape": (3, 4, 2.5)}, ShapeError, "shape is (3, 4, 2.5), expected three whole numbers"),
     ({"shape": 4}, ShapeError, "shape is 4, expected three whole numbers (D, H, W)"),

@@ -49,9 +49,17 @@ def inputs_of(
     return noise(*image).to(dtype), matrix, disp
 
 
-def by(choice: str, *inputs: Tensor | None, device: torch.device, **options: object) -> Tensor:
+def by(
+    choice: str,
+    *inputs: Tensor | None,
+    device: torch.device,
+    disp_matrix: Tensor | None = None,
+    **options: object,
+) -> Tensor:
     """By ``reference`` or ``triton``, on the CPU."""
     moved = [None if x is None else x.to(device) for x in inputs]
+    if disp_matrix is not None:
+        options["disp_matrix"] = disp_matrix.to(device)
     with implementation(choice):
         return sample_world(*moved, **options).cpu()  # type: ignore[arg-type]
 
@@ -73,6 +81,22 @@ def test_value(
     assert truth.any()
     assert found.dtype == torch.float32
     # Half a voxel from a centre, and half a voxel beyond the last, rounding decides.
+    off = (found - truth).abs() > TOL["op float32"].absolute
+    assert float(off.double().mean()) <= (1e-3 if mode == "linear" else 2e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_displacement_with_a_matrix_of_its_own(
+    batch: int, mode: str, triton_device: torch.device
+) -> None:
+    shape = (8, 9, 12)
+    inputs = inputs_of((1, 2, 9, 11, 10), batch, shape, 1)
+    disp_matrix = 2 * (noise(batch, 3, 3, seed=9) - 0.5)
+    options = {"shape": shape, "mode": mode, "disp_matrix": disp_matrix}
+    found = by("triton", *inputs, device=triton_device, **options)
+    truth = by("reference", *inputs, device=torch.device("cpu"), **options)
+    assert truth.any()
     off = (found - truth).abs() > TOL["op float32"].absolute
     assert float(off.double().mean()) <= (1e-3 if mode == "linear" else 2e-3)
 
@@ -134,8 +158,13 @@ def test_a_point_that_is_nowhere_samples_nothing(
     expected = image.clone()
     expected[0, 0, 1, 2, 3] = 0
     matrix = torch.eye(3, 4)[None]
-    found = by("triton", image, matrix, disp, device=triton_device, mode=mode)
-    assert_close("others", found, expected, TOL["op float32"])
+    for disp_matrix in (None, torch.eye(3)[None]):
+        options = {"mode": mode, "disp_matrix": disp_matrix}
+        found = by("triton", image, matrix, disp, device=triton_device, **options)
+        assert_close("others", found, expected, TOL["op float32"])
+    ones, nowhere = torch.ones_like(disp), torch.full((1, 3, 3), value)
+    options = {"mode": mode, "disp_matrix": nowhere}
+    assert not by("triton", image, matrix, ones, device=triton_device, **options).any()
     matrix = torch.full((1, 3, 4), value)
     assert not by("triton", image, matrix, device=triton_device, mode=mode).any()
 
@@ -162,11 +191,14 @@ def test_memory_layouts(triton_device: torch.device) -> None:
     assert found.is_contiguous()
 
 
-@pytest.mark.parametrize("displaced", [False, True])
-def test_opcheck(displaced: bool, triton_device: torch.device) -> None:
+@pytest.mark.parametrize("displaced", ["not", "in voxels", "in mm"])
+def test_opcheck(displaced: str, triton_device: torch.device) -> None:
     image, matrix, disp = inputs_of((1, 2, 5, 4, 6), 2, (4, 3, 5), 1)
-    moved = [x.to(triton_device) for x in (image, matrix, disp)]
-    moved[2:] = [moved[2] if displaced else None]
+    moved = [x.to(triton_device) for x in (image, matrix, disp, noise(2, 3, 3))]
+    if displaced != "in mm":
+        moved[3] = None
+    if displaced == "not":
+        moved[2] = None
     operator = torch.ops.ulae_rt.sample_world.default
     torch.library.opcheck(operator, (*moved, [4, 3, 5], "linear", 1))
 
