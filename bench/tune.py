@@ -70,6 +70,7 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
     # A head leans by a few degrees.
     turned = torch.tensor([[0.99, 0.1, 0.0, 0.0], [-0.1, 0.99, 0.1, 0.0], [0.0, -0.1, 0.99, 0.0]])
     turned = turned.to(device)[None]
+    halved = turned / 2  # onto a field at half the resolution
     wide, narrow, pair = features(16), features(16, 2), features(2)
     concatenated = features(18)
     mean_term = torch.rand(1, 32, device=device)
@@ -115,6 +116,9 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
         ),
         "warp_compose_forward": Job(lambda: ops.warp_compose(image, disp, disp, 1)),
         "warp_forward": Job(lambda: ops.warp(image, disp, "zeros", "linear", 1)),
+        "world_displacement": Job(
+            lambda: ops.world_displacement(coarse, halved, turned[:, :, :3], turned, grid)
+        ),
     }
 
 

@@ -15,6 +15,7 @@ from ulae_rt.kernels.sample_world.op import sample_world
 from ulae_rt.kernels.upsample_concat.op import upsample_concat
 from ulae_rt.kernels.warp.op import warp
 from ulae_rt.kernels.warp_compose.op import warp_compose
+from ulae_rt.kernels.world_displacement.op import world_displacement
 
 __all__ = [
     "compose",
@@ -30,4 +31,5 @@ __all__ = [
     "warp",
     "warp_compose",
     "weighted_lncc",
+    "world_displacement",
 ]

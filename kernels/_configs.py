@@ -144,6 +144,7 @@ TABLE: dict[str, tuple[Line, ...]] = {
     # Two voxels a lane, side by side where the width is a multiple of 16: 97 instructions a voxel
     # in place of 116, 64 bits an access to what is not sampled, and still 32 registers.
     "warp_forward": (*_SAMPLING[:2], Line(LaunchConfig(tile=(32, 8, 32), warps=4))),
+    "world_displacement": _SAMPLING,
 }
 
 

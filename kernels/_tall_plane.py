@@ -6,27 +6,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Slices of the output whose points exist at a time: they stay in the cache.
-_SLAB = 8
-
 
 def affine_points(
-    matrix: Tensor, shape: tuple[int, int, int]
+    matrix: Tensor, shape: tuple[int, int, int], slices: int
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Slices of an output and where the matrix maps their voxels.
 
     Args:
         matrix: (3, 4), float64, from voxels (d, h, w) of the output's grid.
         shape: (D, H, W) of the output.
+        slices: how many of them at a time.
 
     Yields:
-        The slices, and three coordinates of shape (slices, H, W), float64, the caller's to change.
+        Which slices, and three coordinates of shape (slices, H, W), float64, which the caller may
+        change.
     """
     axes = (torch.arange(size, dtype=torch.float64, device=matrix.device) for size in shape)
     d, h, w = (axis.view([-1 if i == n else 1 for n in range(3)]) for i, axis in enumerate(axes))
     planes = [row[3] + row[1] * h + row[2] * w for row in matrix]
-    for first in range(0, shape[0], _SLAB):
-        slab = slice(first, min(first + _SLAB, shape[0]))
+    for first in range(0, shape[0], slices):
+        slab = slice(first, min(first + slices, shape[0]))
         yield slab, [plane + row[0] * d[slab] for plane, row in zip(planes, matrix, strict=True)]
 
 

@@ -176,6 +176,9 @@ def cases() -> Iterator[Case]:
         yield Case(f"sample_world, {mode}", sample, inputs[:2], needs[:2])
         yield Case(f"sample_world, {mode}, displaced", sample, inputs, needs)
         yield Case(f"sample_world, {mode}, displaced in mm", in_mm, inputs, needs)
+    onto_grid = partial(kernels.world_displacement, shape=GRID)
+    matrices = (torch.empty(1, 3, 4), torch.empty(1, 3, 3), torch.empty(1, 3, 4))
+    yield Case("world_displacement", onto_grid, (coarse, *matrices), needs=(False,) * 4)
     for factor in (2, 4):
         resize = partial(kernels.resize_displacement, factor=factor)
         yield Case(f"resize, factor {factor}", resize, (_volume(3, factor=factor),))

@@ -6,6 +6,9 @@ from torch import Tensor
 from ulae_rt.kernels._tall_plane import TallPlane, affine_points
 from ulae_rt.kernels.resize.reference import resize_displacement_reference
 
+# Slices of the output whose points exist at a time: they stay in the cache.
+_SLAB = 8
+
 
 def sample_world_reference(
     image: Tensor,
@@ -28,7 +31,7 @@ def sample_world_reference(
     out = image.new_empty((len(matrix), image.shape[1], *shape))
     for b, volume in enumerate(image.expand(len(matrix), -1, -1, -1, -1)):
         sampled = TallPlane(volume) if mode == "linear" else _Nearest(volume)
-        for slab, points in affine_points(matrix[b].double(), shape):
+        for slab, points in affine_points(matrix[b].double(), shape, _SLAB):
             if disp is not None:
                 _displace(points, disp[b, :, slab].double(), steps[b])
             outside = _brought_inside(points, volume.shape[1:])

@@ -135,15 +135,15 @@ def test_sampling_runs_as_many_programs_at_a_time_as_it_is_cut_for(
 
 @needs_triton
 @pytest.mark.slow
-def test_sample_world_runs_as_many_programs_at_a_time_as_it_is_cut_for(
-    rows: list[Resources],
+@pytest.mark.parametrize(("op", "forms"), [("sample_world", 6), ("world_displacement", 1)])
+def test_world_ops_run_as_many_programs_at_a_time_as_they_are_cut_for(
+    op: str, forms: int, rows: list[Resources]
 ) -> None:
-    from ulae_rt.kernels.sample_world.kernel import REGISTERS
-
-    found = [row for row in rows if row.kernel == "_sample_world_kernel" and row.arch == 90]
-    assert len(found) == 6
+    registers = importlib.import_module(f"ulae_rt.kernels.{op}.kernel").REGISTERS
+    found = [row for row in rows if row.kernel == f"_{op}_kernel" and row.arch == 90]
+    assert len(found) == forms
     fits = min(resident(row.registers, row.warps, 90) for row in found)
-    assert fits == resident(REGISTERS, found[0].warps, 90)
+    assert fits == resident(registers, found[0].warps, 90)
 
 
 @needs_triton
@@ -192,6 +192,10 @@ def cases():
         yield resources.Case(f"compose {width}", kernels.compose, (disp, disp))
         yield resources.Case(f"warp_compose {width}", kernels.warp_compose, (image, disp, disp))
         yield resources.Case(f"diffusion {width}", kernels.diffusion_with_gradient, (disp,))
+        matrices = torch.empty(1, 3, 4), torch.eye(3)[None], torch.empty(1, 3, 4)
+        onto_grid = partial(kernels.world_displacement, shape=(2, 4, width))
+        inputs, needs = (coarse, *matrices), (False,) * 4
+        yield resources.Case(f"world_displacement {width}", onto_grid, inputs, needs)
         if width % 2 == 0:
             warp = partial(kernels.warp, factor=2)
             yield resources.Case(f"coarse {width}", warp, (image, coarse))
@@ -206,6 +210,7 @@ def test_widths_of_every_kind_compile(tmp_path: Path) -> None:
     """A width of 1 is a constant to a kernel that is told of widths divisible by 16."""
     cases = {row.case for row in compiled(WIDTHS, tmp_path)}
     assert {"warp zeros 1", "warp zeros 2", "warp zeros 16"} <= cases
+    assert {"world_displacement 1", "world_displacement 16"} <= cases
     assert "warp zeros 3" not in cases  # the form of 2
 
 
