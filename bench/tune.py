@@ -119,6 +119,7 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
         "world_displacement": Job(
             lambda: ops.world_displacement(coarse, halved, turned[:, :, :3], turned, grid)
         ),
+        "world_jacobian": Job(lambda: ops.world_jacobian(disp, turned[:, :, :3])),
     }
 
 

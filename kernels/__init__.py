@@ -16,6 +16,7 @@ from ulae_rt.kernels.upsample_concat.op import upsample_concat
 from ulae_rt.kernels.warp.op import warp
 from ulae_rt.kernels.warp_compose.op import warp_compose
 from ulae_rt.kernels.world_displacement.op import world_displacement
+from ulae_rt.kernels.world_jacobian.op import world_jacobian
 
 __all__ = [
     "compose",
@@ -32,4 +33,5 @@ __all__ = [
     "warp_compose",
     "weighted_lncc",
     "world_displacement",
+    "world_jacobian",
 ]

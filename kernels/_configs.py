@@ -145,6 +145,7 @@ TABLE: dict[str, tuple[Line, ...]] = {
     # in place of 116, 64 bits an access to what is not sampled, and still 32 registers.
     "warp_forward": (*_SAMPLING[:2], Line(LaunchConfig(tile=(32, 8, 32), warps=4))),
     "world_displacement": _SAMPLING,
+    "world_jacobian": _SAMPLING,
 }
 
 

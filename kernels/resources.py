@@ -179,6 +179,8 @@ def cases() -> Iterator[Case]:
     onto_grid = partial(kernels.world_displacement, shape=GRID)
     matrices = (torch.empty(1, 3, 4), torch.empty(1, 3, 3), torch.empty(1, 3, 4))
     yield Case("world_displacement", onto_grid, (coarse, *matrices), needs=(False,) * 4)
+    one_mm = torch.eye(3)[None]  # of which the determinant is read
+    yield Case("world_jacobian", kernels.world_jacobian, (disp, one_mm), needs=(False,) * 2)
     for factor in (2, 4):
         resize = partial(kernels.resize_displacement, factor=factor)
         yield Case(f"resize, factor {factor}", resize, (_volume(3, factor=factor),))

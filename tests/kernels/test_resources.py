@@ -135,7 +135,9 @@ def test_sampling_runs_as_many_programs_at_a_time_as_it_is_cut_for(
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize(("op", "forms"), [("sample_world", 6), ("world_displacement", 1)])
+@pytest.mark.parametrize(
+    ("op", "forms"), [("sample_world", 6), ("world_displacement", 1), ("world_jacobian", 1)]
+)
 def test_world_ops_run_as_many_programs_at_a_time_as_they_are_cut_for(
     op: str, forms: int, rows: list[Resources]
 ) -> None:
@@ -196,6 +198,9 @@ def cases():
         onto_grid = partial(kernels.world_displacement, shape=(2, 4, width))
         inputs, needs = (coarse, *matrices), (False,) * 4
         yield resources.Case(f"world_displacement {width}", onto_grid, inputs, needs)
+        if width > 1:
+            jacobian, inputs = kernels.world_jacobian, (disp, matrices[1])
+            yield resources.Case(f"world_jacobian {width}", jacobian, inputs, needs[:2])
         if width % 2 == 0:
             warp = partial(kernels.warp, factor=2)
             yield resources.Case(f"coarse {width}", warp, (image, coarse))
@@ -210,7 +215,7 @@ def test_widths_of_every_kind_compile(tmp_path: Path) -> None:
     """A width of 1 is a constant to a kernel that is told of widths divisible by 16."""
     cases = {row.case for row in compiled(WIDTHS, tmp_path)}
     assert {"warp zeros 1", "warp zeros 2", "warp zeros 16"} <= cases
-    assert {"world_displacement 1", "world_displacement 16"} <= cases
+    assert {"world_displacement 1", "world_displacement 16", "world_jacobian 2"} <= cases
     assert "warp zeros 3" not in cases  # the form of 2
 
 
