@@ -40,11 +40,11 @@ def world_displacement(
 
         out[b](p) = linear[b] u[b](to_field[b] [p, 1]) + offset[b] [p, 1]
 
-    The displacement in mm, on the fixed image's own grid, of a registration that takes a fixed
-    point x to ``A (x + R u(x))``: A is the affine, with the upper left 3 x 3 of ``A``; R brings u
-    from voxels of its grid to mm; G takes voxels of the fixed image to mm. Then ``linear`` is
-    ``A R`` and ``offset`` is ``(A - I) G``. It is linear between the field's voxels and has the
-    edge's value beyond them. There is no gradient.
+    This is a whole registration as a displacement in mm on the fixed image's own grid. The
+    registration takes a fixed point x to ``A (x + R u(x))``, with A the affine and R the 3 x 3 that
+    brings u from voxels of its grid to mm; G takes voxels of the fixed image to mm. Then
+    ``linear`` is the 3 x 3 of A times R, and ``offset`` is ``(A - I) G`` without its last row. u is
+    linear between its voxels and has the edge's value beyond them. There is no gradient.
 
     Offsets are computed in float64, so that images may lie far from the origin and from each other:
     what is rounded is their sum with the rest.

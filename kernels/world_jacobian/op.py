@@ -42,7 +42,7 @@ def world_jacobian(disp: Tensor, matrix: Tensor) -> Tensor:
             c moves along world axis c.
         matrix: S, (B, 3, 3), float32 or float64, mm: column i is the step to the next voxel along
             tensor axis i (d, h, w), row c its component along world axis c. Its determinant is
-            looked at, for which the host waits for a GPU.
+            checked, for which the host waits for a GPU, except where torch traces.
 
     Returns:
         (B, 1, D, H, W), float32 (float64 for a float64 ``disp``). A NaN of ``disp`` leaves NaN
