@@ -86,7 +86,18 @@ def jobs(grid: tuple[int, ...], device: str) -> dict[str, Job]:
         lambda: (*ops.norm_activate(wide), ops.norm_activate_backward(wide, wide, rstd)),
         torch.bfloat16,
     )
+    # Those of a fixed image's brain, and the starts of a search.
+    points = torch.stack([torch.randint(size, (50_000,), device=device) for size in grid]).float()
+    values, starts = torch.rand(50_000, device=device), turned.expand(125, -1, -1)
+
+    def normal_equations(matrix: Tensor, degree: int, derivatives: bool) -> Job:
+        options = (degree, derivatives, [False] * 6)
+        return Job(lambda: ops.affine_normal_equations(image, points, values, matrix, *options))
+
     return {
+        "affine_normal_equations": normal_equations(turned, 1, True),
+        "affine_normal_equations_sum": normal_equations(turned, 1, True),
+        "affine_normal_equations_values": normal_equations(starts, 4, False),
         "compose_backward": Job(lambda: ops.compose_backward(disp, disp, disp, 1, True, True)),
         "compose_forward": Job(lambda: ops.compose(disp, disp, 1)),
         "diffusion": Job(lambda: kernels.diffusion_with_gradient(disp)),

@@ -5,6 +5,7 @@ kernels, ``op.py`` the registered operators and the public function, which takes
 other. Conventions: :mod:`ulae_rt.conventions`.
 """
 
+from ulae_rt.kernels.affine_normal_equations.op import affine_normal_equations
 from ulae_rt.kernels.compose.op import compose
 from ulae_rt.kernels.diffusion.op import diffusion, diffusion_with_gradient
 from ulae_rt.kernels.lncc.op import lncc, multi_window_lncc, weighted_lncc
@@ -19,6 +20,7 @@ from ulae_rt.kernels.world_displacement.op import world_displacement
 from ulae_rt.kernels.world_jacobian.op import world_jacobian
 
 __all__ = [
+    "affine_normal_equations",
     "compose",
     "diffusion",
     "diffusion_with_gradient",

@@ -120,7 +120,27 @@ _GATHERED_TAPS = (
     Line(LaunchConfig(tile=(256,), warps=4), itemsize=2),
     Line(LaunchConfig(tile=(64,), warps=2)),
 )
+# Points that a lane takes one after another, and the lanes of a program. A warp alone hands nothing
+# through shared memory; 102 sums of 32 points each take most of a lane's registers. In double
+# precision they would take more than all: there each point's products are summed over the lanes.
+_GRAM = (
+    Line(LaunchConfig(tile=(4, 1024), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(1, 32), warps=1), itemsize=8),
+    Line(LaunchConfig(tile=(4, 32), warps=1)),
+)
+_GRAM_OF_VALUES = (
+    Line(LaunchConfig(tile=(4, 1024), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(16, 32), warps=1)),
+)
+# One program adds up what the programs of a matrix left of one sum.
+_GRAM_SUMS = (
+    Line(LaunchConfig(tile=(1024,), warps=1), archs=(0,)),
+    Line(LaunchConfig(tile=(512,), warps=2)),
+)
 TABLE: dict[str, tuple[Line, ...]] = {
+    "affine_normal_equations": _GRAM,
+    "affine_normal_equations_sum": _GRAM_SUMS,
+    "affine_normal_equations_values": _GRAM_OF_VALUES,
     "compose_backward": _SCATTERING,
     "compose_forward": _SAMPLING,
     "diffusion": _COLUMNS,

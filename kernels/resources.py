@@ -181,9 +181,21 @@ def cases() -> Iterator[Case]:
     yield Case("world_displacement", onto_grid, (coarse, *matrices), needs=(False,) * 4)
     one_mm = torch.eye(3)[None]  # of which the determinant is read
     yield Case("world_jacobian", kernels.world_jacobian, (disp, one_mm), needs=(False,) * 2)
+    yield from _normal_equations()
     for factor in (2, 4):
         resize = partial(kernels.resize_displacement, factor=factor)
         yield Case(f"resize, factor {factor}", resize, (_volume(3, factor=factor),))
+
+
+def _normal_equations() -> Iterator[Case]:
+    """With derivatives and without, of an image and of one in double precision."""
+    points, values = torch.empty(3, 50_000), torch.empty(50_000)
+    for what, moving in (("", _volume(1)), (", fp64", _volume(1, torch.float64))):
+        inputs, needs = (moving, points, values, torch.empty(2, 3, 4)), (False,) * 4
+        with_slopes = kernels.affine_normal_equations
+        of_values = partial(with_slopes, degree=4, derivatives=False)
+        yield Case(f"affine_normal_equations{what}", with_slopes, inputs, needs)
+        yield Case(f"affine_normal_equations, degree 4{what}", of_values, inputs, needs)
 
 
 def _moving_blocks() -> Iterator[Case]:

@@ -41,6 +41,17 @@ TOL = {
     "op float32": Tolerance(
         1e-5, "values up to 4; coordinates of up to 25 voxels carry 2e-6 in float32"
     ),
+    "gram difference quotient": Tolerance(
+        1e-7, "of sums of up to 2,000, rounded by 5e-13, over 2e-5: 1e-9 measured"
+    ),
+    "gram float64": Tolerance(
+        1e-13, "of the lengths of two rows: thousands of products in another order; 6e-15 measured"
+    ),
+    "gram float32": Tolerance(
+        1e-6,
+        "of the lengths of two rows: a coordinate of 12 voxels carries 1e-6, a single product 3e-7, "
+        "and they average out; 1.4e-7 measured",
+    ),
     "norm float32": Tolerance(
         2e-6, "values up to 2 and means of 256 of them; an offset of 1e4 is subtracted exactly"
     ),
