@@ -11,7 +11,7 @@ from ulae_rt.kernels._tall_plane import TallPlane, affine_points
 # whole output, are the same axes: the rounding of a header.
 _ALIGNED = 1e-3
 # Slices of the output that are interpolated at a time: they stay in the cache.
-_SLAB = 8
+_SLAB = 4
 
 
 def world_displacement_reference(
