@@ -310,7 +310,7 @@ def launch_forward(
     name = "affine_normal_equations" if derivatives else "affine_normal_equations_values"
     config = launch_config(name, count, accumulate, arch)
     steps, lanes = config.tile
-    programs = max(triton.cdiv(count, steps * lanes), 1)  # one that adds up nothing
+    programs = triton.cdiv(count, steps * lanes)
     partials = _launch.allocate(
         (batch, sums, programs), accumulate if derivatives else torch.float64, moving
     )

@@ -35,17 +35,19 @@ def affine_normal_equations_reference(
     for first in range(0, count, _CHUNK):
         chunk = slice(first, min(first + _CHUNK, count))
         rows = memory[:, : chunk.stop - first]
-        # [p, 1], which both the matrix and the slopes are multiplied by.
-        p = torch.cat((points[:, chunk], torch.ones_like(points[:1, chunk]))).to(dtype)
-        # Where a point is nowhere the slopes are 0: an infinity must not make them NaN.
-        finite_p = p.double().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        p = points[:, chunk].to(dtype)
+        # [p, 1]. Where a point is nowhere the slopes are 0: no infinity must make them NaN.
+        finite_p = p.nan_to_num(0.0, posinf=0.0, neginf=0.0)
+        p_1 = torch.cat((finite_p, torch.ones_like(p[:1]))).double()
         rows[-1] = values[chunk]
         for b, transform in enumerate(matrix):
             volume = volumes[b if len(volumes) > 1 else 0]
-            at = transform @ p
+            # Not a matrix product, which torch may be told to round to TF32.
+            at = torch.addcmul(transform[:, 3:], transform[:, 2:3], p[2])
+            at.addcmul_(transform[:, 1:2], p[1]).addcmul_(transform[:, :1], p[0])
             value, slopes = _sampled(volume, at, derivatives)
             if slopes is not None:
-                torch.mul(slopes.double()[:, None], finite_p, out=rows[:12].view(3, 4, -1))
+                torch.mul(slopes.double()[:, None], p_1, out=rows[:12].view(3, 4, -1))
             powers = rows[slope_rows:-1]
             powers[0] = 1
             powers[1] = value
@@ -77,7 +79,7 @@ def _sampled(volume: Tensor, at: Tensor, derivatives: bool) -> tuple[Tensor, Ten
     outside = ~(inside[0] & inside[1] & inside[2])
     held = at.nan_to_num(0.0).clamp_(min=0).clamp_(max=last)
     lower = held.floor().clamp_(max=(last - 1).clamp_(min=0))
-    corners = _corners(volume, lower.int())
+    corners = _corners(volume, lower.to(torch.int32 if volume.numel() < 2**31 else torch.int64))
     t_d, t_h, t_w = held.sub_(lower)
     edges = [torch.lerp(corners[i], corners[i + 1], t_w) for i in (0, 2, 4, 6)]
     near, far = (torch.lerp(edges[i], edges[i + 1], t_h) for i in (0, 2))

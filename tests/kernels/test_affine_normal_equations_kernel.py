@@ -150,6 +150,25 @@ def test_sums_are_as_exact_as_they_are_said_to_be(
     assert (found != expected).any()
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_border_and_faces_are_half_a_voxel_away(axis: int, triton_device: torch.device) -> None:
+    """One point, and matrices that only shift it, by numbers that are exact."""
+    first = torch.tensor([-0.75, -0.5, -0.25, 0.0, 0.25])
+    size = 3 + axis
+    shifts = torch.cat((first, first[:4] + size))
+    moving, points, values = noise(1, 1, 3, 4, 5).float() + 1, torch.ones(3, 1), torch.ones(1)
+    points[axis] = 0
+    matrix = torch.eye(3, 4).repeat(len(shifts), 1, 1)
+    matrix[:, axis, 3] = shifts
+    cut = tuple(face // 2 == axis for face in range(6))
+    found = by("triton", moving, points, values, matrix, device=triton_device, cut=cut)
+    counts = ((shifts >= -0.5) & (shifts < size - 0.5)).double()
+    assert_equal("which count", found[:, 12, 12], counts)
+    assert_equal("which are inside", (found[:, 13, 13] > 0).double(), counts)
+    expected = true(moving, points, values, matrix, cut=cut)
+    assert_gram_close("sums", found, expected, "gram float32")
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 @pytest.mark.parametrize("choice", ["reference", "triton"])
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, in the interpreter
@@ -195,6 +214,10 @@ def test_a_nan_is_seen_where_it_is_sampled_and_counted(
     ones, m, f = 12, 13, 14
     assert found[0, m, (ones, m, f)].isnan().all()
     assert found[0, (ones, f)][:, (ones, f)].eq(3).all()
+    # The last slice's centre has the NaN before it, with no weight.
+    last = torch.tensor([[3.0], [2.0], [3.0]])
+    found = call(moving.flip(2).roll(-1, 2), last, values[:1], identity)
+    assert found[0, m, m].isnan()
     # A value that is NaN, of a point that counts and of one that does not.
     values[0] = torch.nan
     found = call(moving, points[:, ::2], values[::2], identity)
