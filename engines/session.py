@@ -4,18 +4,21 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from ulae_rt.engines.backends.base import Array, Backend, failure
+from ulae_rt.engines import values
+from ulae_rt.engines.backends.base import Backend, failure
+from ulae_rt.engines.values import ValuesT
 from ulae_rt.errors import (
-    DtypeError,
     EngineMismatch,
     IntensityError,
     OutOfMemory,
     ShapeError,
+    UlaeError,
     UsageError,
 )
 from ulae_rt.manifest import ANY_BATCH, EXPORT_AGAIN_HINT, Manifest
@@ -28,23 +31,18 @@ AT_ONCE = {"cpu": 1, "cuda": 8}
 # Pairs (or batches) that wait in `Engine.submit`: enough that the engine never does, and no more
 # than fit in memory.
 WAITING = 2
-# How far beyond 0 and 1 an intensity may lie: the rounding of a division or of an interpolation in
-# half precision. The network's answer to it is that to the nearest of 0 and 1.
-RANGE_SLACK = 1e-3
-_LOWEST, _HIGHEST = np.float32(-RANGE_SLACK), np.float32(1 + RANGE_SLACK)
-_ONE = int(np.float32(1).view(np.uint32))
 
 
-class EngineOutput(NamedTuple):
-    """What registration gives.
+class EngineOutput(NamedTuple, Generic[ValuesT]):
+    """What registration gives: arrays of arrays, and torch tensors of torch tensors.
 
     Attributes:
         moved: the moving image on the fixed one, (B, 1, D, H, W) float32.
         disp: (B, 3, D, H, W) float32, voxels, see :mod:`ulae_rt.conventions`.
     """
 
-    moved: Array
-    disp: Array
+    moved: ValuesT
+    disp: ValuesT
 
 
 class Metadata(Protocol):
@@ -117,23 +115,31 @@ class Engine:
         """How many pairs it is best given, a multiple of `batch`; it takes any such number."""
         return self._at_once
 
-    def run(self, moving: Any, fixed: Any) -> EngineOutput:
+    def run(self, moving: ValuesT, fixed: ValuesT) -> EngineOutput[ValuesT]:
         """Register ``moving`` to ``fixed``, part by part if they are more than it takes at once.
 
         Where memory does not suffice for a part and the engine takes any number, halves of it are
         tried, and from then on no part is larger.
 
+        Arrays lie in the host's memory, whatever the engine runs on. Torch tensors lie on the
+        engine's own `device`, and nothing of them goes through the host: on the CPU their memory
+        is read as it is, and on a GPU the engine's work is queued between what the caller's
+        current stream has to do and what it gets later. The host waits twice, for the values of
+        the images and of the results to be checked.
+
         Args:
-            moving: (B, 1, D, H, W) float32 in [0, 1] up to `RANGE_SLACK`, D, H, W those of
-                `metadata`; an array, or a torch tensor on the CPU.
-            fixed: the same.
+            moving: (B, 1, D, H, W) float32 in [0, 1] up to `values.RANGE_SLACK`, D, H, W those of
+                `metadata`; an array, or a torch tensor on `device` that requires no gradient.
+            fixed: the same, of the same kind.
 
         Returns:
-            New arrays that belong to the caller, every value of them finite.
+            New arrays, or new tensors on `device`, that belong to the caller, every value of them
+            finite.
 
         Raises:
             ShapeError: for any other shape, or batches that differ or that it cannot be fed.
-            DtypeError: for any other type, or a tensor on a GPU.
+            DtypeError: for any other type, one array and one tensor, or a tensor on another device
+                than the engine.
             IntensityError: for a value outside [0, 1], NaN or infinity, with the pair it is in.
             EngineMismatch: if the library fails, or gives NaN or infinity; OutOfMemory: if memory
                 does not suffice.
@@ -142,29 +148,30 @@ class Engine:
         results = self._register(moving, fixed, ("moved", "disp"))
         return EngineOutput(results["moved"], results["disp"])
 
-    def displacement(self, moving: Any, fixed: Any) -> Array:
+    def displacement(self, moving: ValuesT, fixed: ValuesT) -> ValuesT:
         """The displacement of `run` alone: the moved image is neither computed nor copied.
 
         Args:
-            moving: as for `run`.
+            moving: as for `run`, an array or a torch tensor on `device`.
             fixed: as for `run`.
 
         Returns:
-            (B, 3, D, H, W) float32, voxels, with the errors of `run`.
+            (B, 3, D, H, W) float32, voxels, of the kind of the images, with the errors of `run`.
         """
-        return self._register(moving, fixed, ("disp",))["disp"]
+        disp: ValuesT = self._register(moving, fixed, ("disp",))["disp"]
+        return disp
 
-    def _register(self, moving: Any, fixed: Any, outputs: Sequence[str]) -> dict[str, Array]:
-        images = {"moving": _array("moving", moving), "fixed": _array("fixed", fixed)}
-        self._check(images)
-        self._check_values(images)
+    def _register(self, moving: Any, fixed: Any, outputs: Sequence[str]) -> dict[str, Any]:
+        images = values.read_images(moving, fixed, self.device)
+        self._check_shapes(images)
         batch = len(images["moving"])
-        parts: list[dict[str, Array]] = []
+        parts: list[dict[str, Any]] = []
         start = 0
         try:
+            self._check_values(images)
             while start < batch:
                 stop = min(start + self._at_once, batch)
-                part = {n: np.ascontiguousarray(i[start:stop]) for n, i in images.items()}
+                part = {n: values.contiguous(i[start:stop]) for n, i in images.items()}
                 try:
                     results = self._execute(part, outputs)
                 except OutOfMemory as error:
@@ -172,21 +179,25 @@ class Engine:
                         raise
                     self._halve(stop - start, error)
                 else:
-                    self._check_results(results, start, batch)
                     parts.append(results)
                     start = stop
-            if len(parts) == 1:
-                return parts[0]
-            return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
-        except MemoryError as error:
+            results = values.joined(parts)
+            self._check_results(results)
+        except (MemoryError, RuntimeError) as error:  # torch has no narrower one for a GPU's
+            if isinstance(error, UlaeError):
+                raise
             raise failure(f"registering {batch} pairs at once", error) from error
+        if values.is_tensor(moving) and self.device == "cpu":
+            return values.as_tensors(results)
+        return results
 
-    def submit(self, moving: Any, fixed: Any) -> "Future[EngineOutput]":
+    def submit(self, moving: ValuesT, fixed: ValuesT) -> "Future[EngineOutput[ValuesT]]":
         """Register in the background, so that the next pair can be read meanwhile.
 
         Pairs run one after the other in the order they came. While one runs two more may wait; a
         further call waits for a place, so that results nobody fetched are all that can pile up.
-        The images must stay as they are until the result is there.
+        The images must stay as they are until the result is there. Tensors on a GPU are worked on
+        in the order of the stream that is current here, as in `run`.
 
         Args:
             moving: as for `run`.
@@ -205,12 +216,19 @@ class Engine:
                     raise _closed()
                 if self._worker is None:
                     self._worker = ThreadPoolExecutor(1, thread_name_prefix="engine")
-                result = self._worker.submit(self.run, moving, fixed)
+                stream = values.callers_stream(moving)
+                result = self._worker.submit(self._run_on, stream, moving, fixed)
         except BaseException:
             self._places.release()
             raise
         result.add_done_callback(lambda _: self._places.release())
         return result
+
+    def _run_on(
+        self, stream: AbstractContextManager[Any], moving: ValuesT, fixed: ValuesT
+    ) -> EngineOutput[ValuesT]:
+        with stream:
+            return self.run(moving, fixed)
 
     def close(self) -> None:
         """Wait for what was submitted, then free the engine. A second time does nothing."""
@@ -234,7 +252,7 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _execute(self, feeds: dict[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    def _execute(self, feeds: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
         with self._turn:
             if self._closed:
                 raise _closed()
@@ -244,19 +262,16 @@ class Engine:
         self._at_once = max(self.batch, tried // 2)
         _log.warning("%s; from here on %d at once instead of %d", error, self._at_once, tried)
 
-    def _check(self, images: dict[str, Array]) -> None:
+    def _check_shapes(self, images: dict[str, Any]) -> None:
         for name, image in images.items():
             batch, *sizes = self._backend.inputs[name]
-            if image.ndim != len(sizes) + 1 or list(image.shape[1:]) != sizes or not len(image):
+            shape = tuple(image.shape)
+            if list(shape[1:]) != sizes or not shape[0]:
                 wanted = "B" if batch == ANY_BATCH else batch
                 raise ShapeError(
-                    f"{name} has shape {image.shape}, expected "
+                    f"{name} has shape {shape}, expected "
                     f"({wanted}, {', '.join(map(str, sizes))}) for this engine",
                     "resample to its grid (engine.metadata), or export with --shape",
-                )
-            if image.dtype != np.float32:
-                raise DtypeError(
-                    f"{name} is {image.dtype}, expected float32", f"{name}.astype('float32')"
                 )
         batches = {name: len(image) for name, image in images.items()}
         if len(set(batches.values())) != 1:
@@ -271,15 +286,14 @@ class Engine:
                 "fill up with pairs that are there already, or export with --batch 1",
             )
 
-    def _check_values(self, images: dict[str, Array]) -> None:
+    def _check_values(self, images: dict[str, Any]) -> None:
         """Intensities in [0, 1], in one pass over each image (0.5 ms at 160x192x160)."""
-        for name, image in images.items():
-            # Read as integers, what is negative, infinite or NaN is above 1.0 too.
-            if image.view(np.uint32).max() <= _ONE:
-                continue
-            for number, pair in enumerate(image):
+        for name in values.beyond_range(images):
+            image = images[name]
+            for number in range(len(image)):
+                pair = values.on_host(image[number])
                 low, high = pair.min(), pair.max()  # NaN, if there is one
-                if low >= _LOWEST and high <= _HIGHEST:
+                if low >= values.LOWEST and high <= values.HIGHEST:
                     continue
                 where = f"{name} of pair {_place(number, len(image))}"
                 unusable = pair.size - int(np.isfinite(pair).sum())
@@ -288,7 +302,7 @@ class Engine:
                         f"{where}: {unusable} of its {pair.size} voxels "
                         f"{'is' if unusable == 1 else 'are'} NaN or infinite, expected 0 to 1",
                         "find out where they come from; to take them for background: "
-                        f"np.nan_to_num({name}, posinf=0, neginf=0)",
+                        f"nan_to_num({name}, posinf=0, neginf=0), of numpy or of torch",
                     )
                 raise IntensityError(
                     f"{where}: has values from {low:.6g} to {high:.6g}, expected 0 to 1",
@@ -297,24 +311,15 @@ class Engine:
                     "its 99.9th percentile and clip",
                 )
 
-    def _check_results(self, results: dict[str, Array], first: int, batch: int) -> None:
-        """Every value is a number, in one pass over each result (3 ms at 160x192x160).
-
-        Args:
-            results: of one part.
-            first: the place of its first pair among those that `run` was given.
-            batch: how many those are.
-        """
-        for name, values in results.items():
-            flat = np.ravel(values)
-            # A sum of squares is NaN or infinite if a value is, and else only for values of 1e19.
-            with np.errstate(all="ignore"):
-                if np.isfinite(np.dot(flat, flat)):
-                    continue
-            for number, pair in enumerate(values, start=first):
+    def _check_results(self, results: dict[str, Any]) -> None:
+        """Every value is a number, in one pass over each result (3 ms at 160x192x160)."""
+        for name in values.not_finite(results):
+            result = results[name]
+            for number in range(len(result)):
+                pair = values.on_host(result[number])
                 if unusable := pair.size - int(np.isfinite(pair).sum()):
                     raise EngineMismatch(
-                        f"{self.description}: {name} of pair {_place(number, batch)} has "
+                        f"{self.description}: {name} of pair {_place(number, len(result))} has "
                         f"{unusable} of {pair.size} values NaN or infinite",
                         "its weights give no numbers for these images: use others, or train again"
                         if self.precision == "fp32"
@@ -354,26 +359,6 @@ class ExportedEngine(Engine):
     def description(self) -> str:
         """Backend, device, precision and file, for people."""
         return f"{super().description} ({self.manifest.artefact})"
-
-
-def _array(name: str, image: Any) -> Array:
-    place = str(getattr(image, "device", "cpu"))
-    if place != "cpu":
-        raise DtypeError(
-            f"{name} is on {place}, expected it on the CPU; an engine copies it where it runs",
-            f"{name}.cpu()",
-        )
-    if np.ma.isMaskedArray(image):
-        raise DtypeError(
-            f"{name} is a masked array, and what is masked would count", f"{name}.filled(0)"
-        )
-    try:
-        return np.asarray(image)
-    except (TypeError, ValueError, RuntimeError) as error:  # what torch and numpy raise for theirs
-        raise DtypeError(
-            f"{name} cannot be read as an array: {error}",
-            f"give a float32 array; of a torch tensor {name}.detach().float()",
-        ) from error
 
 
 def _place(number: int, batch: int) -> str:

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ulae_rt.arguments import PathLike, check_choice, device_name, parse_device, path_of, what_is_at
 from ulae_rt.engines import BACKENDS as ENGINE_BACKENDS
 from ulae_rt.engines import Engine, load_engine
-from ulae_rt.engines.backends.base import failure
+from ulae_rt.engines.backends.base import Array, failure
 from ulae_rt.engines.backends.captured import CapturedProgram, inference
 from ulae_rt.engines.folder import PRECISIONS
 from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
 from ulae_rt.engines.session import Metadata
+from ulae_rt.engines.values import ValuesT
 from ulae_rt.errors import UlaeError, UsageError
 from ulae_rt.manifest import ANY_BATCH, sha256
 from ulae_rt.optional import require
@@ -41,6 +41,10 @@ class Network(Protocol):
         """Backend, device and precision, for people."""
 
     @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda:N``: where torch tensors must lie that it is given."""
+
+    @property
     def precision(self) -> str:
         """fp32, fp16 or bf16."""
 
@@ -56,8 +60,12 @@ class Network(Protocol):
     def at_once(self) -> int:
         """How many pairs it is best given."""
 
-    def displacement(self, moving: Any, fixed: Any) -> NDArray[np.float32]:
-        """Register (B, 1, D, H, W) float32 each in [0, 1]: (B, 3, D, H, W) voxels."""
+    def displacement(self, moving: ValuesT, fixed: ValuesT) -> ValuesT:
+        """Register (B, 1, D, H, W) float32 each in [0, 1]: (B, 3, D, H, W) voxels.
+
+        Both images are arrays, and so is the result; or both are torch tensors on `device`, and the
+        result is a new tensor there.
+        """
 
 
 class TorchBackend:
@@ -94,17 +102,15 @@ class TorchBackend:
             self._stream = torch.cuda.Stream(self.device)
             self._pool = torch.cuda.graph_pool_handle()
 
-    def run(
-        self, feeds: Mapping[str, NDArray[np.float32]], outputs: Sequence[str] | None = None
-    ) -> dict[str, NDArray[np.float32]]:
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Execute once; see `ulae_rt.engines.backends.base.Backend.run`."""
         names = tuple(self.outputs if outputs is None else outputs)
-        arrays = [feeds[name] for name in self.inputs]
+        images = [feeds[name] for name in self.inputs]
         try:
             if self.device == "cpu":
-                results = self._on_cpu(arrays, names)
+                results = self._on_cpu(images, names)
             else:
-                results = self._on_gpu(arrays, names)
+                results = self._on_gpu(images, names)
         except RuntimeError as error:  # torch has no narrower one for memory of the CPU
             if isinstance(error, UlaeError):
                 raise
@@ -112,9 +118,7 @@ class TorchBackend:
             raise failure(f"running the weights on {self.device}", error) from error
         return dict(zip(names, results, strict=True))
 
-    def _on_cpu(
-        self, arrays: Sequence[NDArray[np.float32]], names: Sequence[str]
-    ) -> list[NDArray[np.float32]]:
+    def _on_cpu(self, arrays: Sequence[Array], names: Sequence[str]) -> list[Array]:
         import torch
 
         with inference():
@@ -123,18 +127,16 @@ class TorchBackend:
             results = self._call(names, *(torch.from_numpy(array) for array in writable))
             return [np.asarray(result.numpy()) for result in results]
 
-    def _on_gpu(
-        self, arrays: Sequence[NDArray[np.float32]], names: tuple[str, ...]
-    ) -> list[NDArray[np.float32]]:
-        key = len(arrays[0]), names
+    def _on_gpu(self, images: Sequence[Any], names: tuple[str, ...]) -> list[Any]:
+        key = len(images[0]), names
         if key not in self._captured:
             # Those of a full part and of what is left at the end; each holds memory.
             while len(self._captured) >= _MOST_CAPTURED:
                 self._captured.pop(next(iter(self._captured)))
             program = partial(self._call, names)
-            shapes = [array.shape for array in arrays]
+            shapes = [tuple(image.shape) for image in images]
             self._captured[key] = CapturedProgram(program, shapes, self._stream, self._pool)
-        return self._captured[key](arrays, range(len(names)))
+        return self._captured[key](images, range(len(names)))
 
     def _call(self, names: Sequence[str], *images: "torch.Tensor") -> "list[torch.Tensor]":
         assert self._program is not None  # its engine sees to that

@@ -478,6 +478,7 @@ class StandIn:
     """A network that costs nothing."""
 
     description = "stand-in"
+    device = "cpu"
     precision = "fp32"
     weights_sha256 = "0" * 64
     batch = at_once = 1

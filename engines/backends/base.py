@@ -1,7 +1,7 @@
 """What every backend offers, and the words for what any of them may be refused."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +26,18 @@ class Backend(Protocol):
     inputs: dict[str, tuple[int, ...]]
     outputs: dict[str, tuple[int, ...]]
 
-    def run(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
-    ) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Execute once.
 
         Args:
-            feeds: name to contiguous float32 array of the artefact's own shape.
+            feeds: name to contiguous float32 array of the artefact's own shape; on a GPU also to
+                torch tensors there, all of them, which the current stream computes.
             outputs: names of those that are wanted, None for all; the others are neither copied
                 nor, where the library can leave them out, computed.
 
         Returns:
-            Name to array, which the backend does not touch again.
+            Name to array, or of tensors to tensor, which the backend does not touch again. Tensors
+            are there for what the current stream is given later; the host need not have waited.
 
         Raises:
             EngineMismatch: if the library fails; OutOfMemory: if memory does not suffice; see

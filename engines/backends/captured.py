@@ -9,6 +9,7 @@ import numpy as np
 
 from ulae_rt.convolutions import exact_convolutions
 from ulae_rt.engines.backends.base import Array
+from ulae_rt.engines.backends.streams import between_callers_work
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +53,6 @@ class CapturedProgram:
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.cuda.device(stream.device), inference():
             self._inputs = [torch.zeros(shape, device=stream.device) for shape in shapes]
-            # Only pinned memory is copied while the host goes on.
-            self._sent = [torch.empty(shape, pin_memory=True) for shape in shapes]
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
                 # Loads kernels and tries convolutions, neither of which a graph can.
@@ -74,32 +73,48 @@ class CapturedProgram:
             else:
                 self._graph, self._outputs = graph, outputs
 
-    def __call__(self, arrays: Sequence[Array], wanted: Sequence[int]) -> list[Array]:
+    def __call__(self, images: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
         """Run once.
 
         Args:
-            arrays: one an input, of its shape.
-            wanted: places of the outputs that are copied to the host.
+            images: one an input, of its shape: arrays, or tensors on the stream's device.
+            wanted: places of the outputs that are copied out of the program's memory.
 
         Returns:
-            New arrays, in the order of ``wanted``.
+            New arrays or tensors, as the images are, in the order of ``wanted``. Of arrays the host
+            waits for the end; of tensors the current stream does.
         """
         import torch
 
-        with inference(), torch.cuda.stream(self._stream):
-            for place, sent, array in zip(self._inputs, self._sent, arrays, strict=True):
-                # torch warns of arrays that may not be written to.
-                sent.copy_(torch.from_numpy(np.require(array, requirements="W")))
-                place.copy_(sent, non_blocking=True)
+        on_host = isinstance(images[0], np.ndarray)
+        shapes = [self._outputs[number].shape for number in wanted]
+        if on_host:
+            # Only pinned memory is copied while the host goes on. torch keeps what is freed of it
+            # for the next run; that of the results is given away with the arrays.
+            sources = [_pinned(array) for array in images]
+            results = [torch.empty(shape, pin_memory=True) for shape in shapes]
+        else:
+            sources = list(images)
+            results = [torch.empty(shape, device=self._stream.device) for shape in shapes]
+        order = torch.cuda.stream if on_host else between_callers_work
+        with inference(), order(self._stream):
+            for place, source in zip(self._inputs, sources, strict=True):
+                place.copy_(source, non_blocking=True)
             if self._graph is None:
                 self._outputs = list(self._program(*self._inputs))
             else:
                 self._graph.replay()
-            results = []
-            for number in wanted:
-                output = self._outputs[number]
-                # Given away with the array: torch keeps freed pinned memory for the next run.
-                received = torch.empty(output.shape, pin_memory=True)
-                results.append(received.copy_(output, non_blocking=True))
+            for result, number in zip(results, wanted, strict=True):
+                result.copy_(self._outputs[number], non_blocking=True)
+        if not on_host:
+            return results
         self._stream.synchronize()
-        return [received.numpy() for received in results]
+        return [result.numpy() for result in results]
+
+
+def _pinned(array: Array) -> "torch.Tensor":
+    import torch
+
+    # torch warns of arrays that may not be written to.
+    writable = torch.from_numpy(np.require(array, requirements="W"))
+    return torch.empty(array.shape, pin_memory=True).copy_(writable)

@@ -97,6 +97,11 @@ class Cuda:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self("cudaMemcpyAsync", buffer.host, buffer.device, buffer.size, kind, stream)
 
+    def copy(self, to: int, source: int, size: int, stream: Any) -> None:
+        """Copy bytes from one place on the GPU to another, behind what the stream has to do."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self("cudaMemcpyAsync", to, source, size, kind, stream)
+
     def wait(self, stream: Any) -> None:
         """Until the stream has nothing left to do."""
         self("cudaStreamSynchronize", stream)

@@ -2,15 +2,19 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ulae_rt.arguments import parse_device
-from ulae_rt.engines.backends.base import Array, failure
+from ulae_rt.engines.backends.base import failure
+from ulae_rt.engines.backends.streams import between_callers_work
 from ulae_rt.engines.machine import CUDA_PROVIDER, onnxruntime
 from ulae_rt.errors import BackendUnavailable, EngineMismatch
 from ulae_rt.manifest import ANY_BATCH
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,8 @@ class OnnxRuntimeBackend:
     def __init__(self, content: bytes, device: str = "cpu", batch: int = 1) -> None:
         kind, self._index = parse_device(device)
         self._binding: Any = None
+        # Of tensors: made with the first of them, since arrays need no torch.
+        self._stream: torch.cuda.Stream | None = None
         if kind == "cuda":
             self.device = f"cuda:{self._index}"
             self._open_cuda(content, batch)
@@ -134,12 +140,12 @@ class OnnxRuntimeBackend:
             raise failure(f"preparing the model on {self.device}", error) from error
         self._binding, self._places = binding, places
 
-    def run(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
-    ) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Execute once; see :meth:`Backend.run`."""
         names = list(self.outputs if outputs is None else outputs)
         try:
+            if not isinstance(feeds["moving"], np.ndarray):
+                return self._run_tensors(feeds, names)
             if self._binding is None:
                 results = self._session.run(names, dict(feeds), self._options)
                 return dict(zip(names, results, strict=True))
@@ -150,10 +156,71 @@ class OnnxRuntimeBackend:
         except Exception as error:  # as above
             raise failure(f"running the model on {self.device}", error) from error
 
+    def _run_tensors(
+        self, feeds: "Mapping[str, torch.Tensor]", names: Sequence[str]
+    ) -> "dict[str, torch.Tensor]":
+        import torch
+
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        batch = len(feeds["moving"])
+        results = {
+            name: torch.empty((batch, *self.outputs[name][1:]), device=self.device)
+            for name in names
+        }
+        with between_callers_work(self._stream):
+            if self._binding is None:
+                binding = self._session.io_binding()
+                for bind, tensors in (
+                    (binding.bind_input, feeds),
+                    (binding.bind_output, results),
+                ):
+                    for name, tensor in tensors.items():
+                        shape = tuple(tensor.shape)
+                        bind(name, "cuda", self._index, np.float32, shape, tensor.data_ptr())
+                self._run_bound(binding, self._options)
+            else:
+                for name, image in feeds.items():
+                    self._tensor_of(name).copy_(image)
+                self._run_bound(self._binding)
+                for name, result in results.items():
+                    result.copy_(self._tensor_of(name))
+        return results
+
+    def _run_bound(self, binding: Any, *options: Any) -> None:
+        """Once what was queued for the binding's memory is done.
+
+        ONNX Runtime runs on a stream of its own, for whose end it waits, and orders it with no
+        other.
+        """
+        assert self._stream is not None
+        self._stream.synchronize()
+        self._session.run_with_iobinding(binding, *options)
+
+    def _tensor_of(self, name: str) -> "torch.Tensor":
+        """A tensor over the place of an input or output."""
+        import torch
+
+        shape = (self.inputs | self.outputs)[name]
+        memory = _Memory(self._places[name].data_ptr(), shape)
+        return torch.as_tensor(memory, device=self.device)
+
     def close(self) -> None:
         """Free the model."""
         self._binding = self._session = None
         self._places = {}
+
+
+class _Memory:
+    """Memory of a GPU, float32, as torch reads it without a copy."""
+
+    def __init__(self, address: int, shape: tuple[int, ...]) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": "<f4",
+            "data": (address, False),
+            "version": 2,
+        }
 
 
 # What sizes are reckoned with.

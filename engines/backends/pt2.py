@@ -10,7 +10,7 @@ import numpy as np
 
 from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.arguments import parse_device
-from ulae_rt.engines.backends.base import Array, failure
+from ulae_rt.engines.backends.base import failure
 from ulae_rt.engines.backends.captured import CapturedProgram, inference
 from ulae_rt.errors import BackendUnavailable
 from ulae_rt.manifest import ANY_BATCH, Manifest
@@ -59,31 +59,31 @@ class Pt2Backend:
                         str(path), run_single_threaded=True, device_index=index
                     )
                 if ANY_BATCH in (shape[0] for shape in self.inputs.values()):
-                    self._program: _OnHost | CapturedProgram | None = _OnHost(program, self.device)
+                    self._program: _Uncaptured | CapturedProgram | None = _Uncaptured(
+                        program, self.device
+                    )
                 else:
                     stream = torch.cuda.Stream(self.device)
                     self._program = CapturedProgram(program, [*self.inputs.values()], stream)
             else:
                 keep_freed_memory()
                 program = torch.export.load(io.BytesIO(content)).module(check_guards=False)
-                self._program = _OnHost(program, self.device)
+                self._program = _Uncaptured(program, self.device)
         except Exception as error:  # zip, JSON, pickle and C++ errors share no class
             raise failure(
                 f"loading {manifest.artefact} with torch {torch.__version__}", error
             ) from error
 
-    def run(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
-    ) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Execute once; see :meth:`Backend.run`."""
         assert self._program is not None  # its engine sees to that
         names = list(self.outputs) if outputs is None else outputs
         places = [list(self.outputs).index(name) for name in names]
         try:
-            arrays = self._program([feeds[name] for name in self.inputs], places)
+            results = self._program([feeds[name] for name in self.inputs], places)
         except RuntimeError as error:
             raise failure(f"running the program on {self.device}", error) from error
-        return dict(zip(names, arrays, strict=True))
+        return dict(zip(names, results, strict=True))
 
     def close(self) -> None:
         """Free the program."""
@@ -101,7 +101,7 @@ def _without_other_outputs(module: Any, kept: Sequence[int]) -> Any:
     return torch.fx.GraphModule(module, graph)
 
 
-class _OnHost:
+class _Uncaptured:
     """A program called with what comes, of any batch."""
 
     def __init__(self, program: Callable[..., Any], device: str) -> None:
@@ -109,17 +109,25 @@ class _OnHost:
         self._device = device
         self._reduced: dict[tuple[int, ...], Callable[..., Any]] = {}
 
-    def __call__(self, arrays: Sequence[Array], wanted: Sequence[int]) -> list[Array]:
+    def __call__(self, images: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+        """As of a `CapturedProgram`."""
         import torch
 
+        on_host = isinstance(images[0], np.ndarray)
         with inference():
-            # torch warns of arrays that may not be written to.
-            writable = [np.require(array, requirements="W") for array in arrays]
-            images = [torch.from_numpy(array).to(self._device) for array in writable]
+            if on_host:
+                # torch warns of arrays that may not be written to.
+                writable = [np.require(array, requirements="W") for array in images]
+                images = [torch.from_numpy(array).to(self._device) for array in writable]
             if self._device != "cpu":  # compiled: it computes all of them
                 outputs = self._program(*images)
-                return [np.asarray(outputs[number].cpu()) for number in wanted]
-            key = tuple(wanted)
-            if key not in self._reduced:
-                self._reduced[key] = _without_other_outputs(self._program, key)
-            return [np.asarray(x) for x in self._reduced[key](*images)]
+                outputs = [outputs[number] for number in wanted]
+            else:
+                key = tuple(wanted)
+                if key not in self._reduced:
+                    self._reduced[key] = _without_other_outputs(self._program, key)
+                outputs = self._reduced[key](*images)
+        if on_host:
+            return [np.asarray(output.cpu()) for output in outputs]
+        # Made here and not above, a tensor may be used where gradients are computed.
+        return [output.clone() for output in outputs]

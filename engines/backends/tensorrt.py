@@ -5,15 +5,21 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ulae_rt.arguments import parse_device
 from ulae_rt.engines.backends.base import Array, failure
 from ulae_rt.engines.backends.cuda import Buffer, Cuda
+from ulae_rt.engines.backends.streams import between_callers_work
 from ulae_rt.engines.machine import TENSORRT_MODULES
 from ulae_rt.errors import EngineMismatch
 from ulae_rt.manifest import EXPORT_AGAIN_HINT
 from ulae_rt.optional import require
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -111,24 +117,51 @@ class TensorRtBackend:
         if not self._context.execute_async_v3(int(self._stream)):
             raise failure(f"running the engine on {self.device}", self._logger.last)
 
-    def run(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
-    ) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Execute once; see :meth:`Backend.run`."""
         names = list(self.outputs if outputs is None else outputs)
+        if isinstance(feeds["moving"], np.ndarray):
+            return self._run_arrays(feeds, names)
+        return self._run_tensors(feeds, names)
+
+    def _run_arrays(self, feeds: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
         cuda, stream = self._cuda, self._stream
         cuda.use()
         for name in self.inputs:
             self._buffers[name].array[...] = feeds[name]
             cuda.upload(self._buffers[name], stream)
-        if self._graph is None:
-            self._enqueue()
-        else:
-            cuda("cudaGraphLaunch", self._graph, stream)
+        self._launch()
         for name in names:
             cuda.download(self._buffers[name], stream)
         cuda.wait(stream)
         return {name: self._buffers[name].array.copy() for name in names}
+
+    def _run_tensors(
+        self, feeds: "Mapping[str, torch.Tensor]", names: Sequence[str]
+    ) -> "dict[str, torch.Tensor]":
+        """Through the buffers, which the recorded graph reads and writes: copies on the GPU.
+
+        Given the tensors' own addresses, it would have to be enqueued launch by launch.
+        """
+        import torch
+
+        cuda, stream = self._cuda, self._stream
+        results = {name: torch.empty(self.outputs[name], device=self.device) for name in names}
+        with between_callers_work(torch.cuda.ExternalStream(int(stream), device=self.device)):
+            for name in self.inputs:
+                buffer = self._buffers[name]
+                cuda.copy(buffer.device, feeds[name].data_ptr(), buffer.size, stream)
+            self._launch()
+            for name, result in results.items():
+                buffer = self._buffers[name]
+                cuda.copy(result.data_ptr(), buffer.device, buffer.size, stream)
+        return results
+
+    def _launch(self) -> None:
+        if self._graph is None:
+            self._enqueue()
+        else:
+            self._cuda("cudaGraphLaunch", self._graph, self._stream)
 
     def close(self) -> None:
         """Free the engine and its memory."""

@@ -16,6 +16,7 @@ class FakeNetwork:
     """Shifts by ``shift`` voxels of its grid, or raises or returns what it is told to."""
 
     description = "fake"
+    device = "cpu"
     precision = "fp32"
     weights_sha256 = "0" * 64
     batch = 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from _support.arrays import assert_arrays_close
-from _support.cuda import FakeCuda
+from _support.cuda import FakeCuda, OnGpu
 from _support.nets import SHAPE, small_net
 from _support.tolerances import TOL
 from ulae_rt.engines.backends.captured import CapturedProgram
@@ -60,6 +60,46 @@ def test_a_full_memory_is_no_reason_to_run_without_a_graph(
         CapturedProgram(cuda.recorded(sums), shapes, torch.cuda.Stream("cpu"))
 
 
+@pytest.mark.parametrize("refused", [None, REFUSED])
+def test_tensors_are_copied_on_the_gpu_between_what_the_caller_has_it_do(
+    monkeypatch: pytest.MonkeyPatch, refused: RuntimeError | None
+) -> None:
+    cuda = FakeCuda(monkeypatch, refused)
+    moving, fixed = map(torch.from_numpy, images())
+    stream = torch.cuda.Stream("cpu")
+    captured = CapturedProgram(cuda.recorded(sums), [moving.shape, fixed.shape], stream)
+    cuda.calls.clear()
+    first = captured([moving, fixed], [0, 1])
+    ran = "run" if refused else "replay"
+    order = ["its own waits for the caller's", ran, "the caller's waits for its own"]
+    assert cuda.calls == order  # and the host waits for nothing
+    (second,) = captured([fixed, fixed], [1])
+    assert torch.equal(first[0], moving + fixed)
+    assert torch.equal(first[1], moving - fixed)
+    assert torch.equal(second, fixed - fixed)
+    assert not any(result.is_inference() for result in first)
+    (array,) = captured(images(), [0])  # arrays and tensors, in turn
+    np.testing.assert_array_equal(array, first[0])
+
+
+def test_the_caller_waits_for_a_run_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which some may be queued already, that reads the images."""
+    cuda = FakeCuda(monkeypatch, REFUSED)
+    pair = [torch.from_numpy(image) for image in images()]
+    shapes = [image.shape for image in pair]
+    captured = CapturedProgram(cuda.recorded(sums), shapes, torch.cuda.Stream("cpu"))
+
+    def fail(*images: torch.Tensor) -> list[torch.Tensor]:
+        raise RuntimeError("an illegal memory access")
+
+    captured._program = fail
+    cuda.calls.clear()
+    with pytest.raises(RuntimeError, match="illegal"):
+        captured(pair, [0])
+    assert cuda.calls == ["its own waits for the caller's", "the caller's waits for its own"]
+    assert cuda.current is None
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> TorchBackend:
     """The weights as on a GPU, whose stand-in counts."""
@@ -93,6 +133,16 @@ def test_weights_are_captured_once_for_each_number_of_pairs(backend: TorchBacken
         "run", "capture", "replay", "replay", "run", "capture", "replay", "replay", "replay",
     ]  # fmt: skip
     assert cuda.pools == ["pool"] * 2  # one memory for both, which never run at once
+
+
+def test_weights_are_run_on_tensors_by_the_same_program(backend: TorchBackend) -> None:
+    engine = Engine(backend, small_net().metadata, "fp32")
+    moving, fixed = images(3)
+    expected = engine.run(moving, fixed)
+    out = engine.run(*(torch.from_numpy(image).as_subclass(OnGpu) for image in (moving, fixed)))
+    np.testing.assert_array_equal(out.moved, expected.moved)
+    np.testing.assert_array_equal(out.disp, expected.disp)
+    assert set(backend._captured) == {(3, ("moved", "disp"))}
 
 
 def test_the_moved_image_is_another_program_and_two_are_kept(backend: TorchBackend) -> None:

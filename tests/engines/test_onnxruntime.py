@@ -1,12 +1,15 @@
 """ONNX Runtime's backend: the CPU for real, CUDA with a fake that computes and keeps count."""
 
+import ctypes
 from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper
 
+from _support.cuda import FakeCuda, OnGpu
 from _support.engines import SHAPE, graph, images, pretend_machine, write_engine
 from ulae_rt.engines import load_engine
 from ulae_rt.engines.backends import onnxruntime as backend_module
@@ -54,6 +57,9 @@ class FakeRuntime:
                 assert (dtype, device) == (np.float32, "cuda")
                 return cls(shape)
 
+            def data_ptr(self):
+                return self.array.ctypes.data
+
             def update_inplace(self, array):
                 assert array.flags.c_contiguous
                 self.array[...] = array
@@ -96,15 +102,19 @@ class FakeRuntime:
             def io_binding(self):
                 return Binding()
 
-            def run_with_iobinding(self, binding):
+            def run_with_iobinding(self, binding, options=None):
                 self.runs += 1
+                runtime.on_run()
                 if runtime.out_of_memory:
                     raise RuntimeError("CUDA failure 2: out of memory ; GPU=0")
                 if runtime.graphs_fail and "enable_cuda_graph" in self.settings:
                     raise RuntimeError("CUDA failure 900: operation not permitted")
                 moving, fixed = (binding.values[name].array for name in ("moving", "fixed"))
-                binding.values["moved"].array[...] = moving + fixed
-                binding.values["disp"].array[...] = moving - fixed
+                results = {"moved": moving + fixed, "disp": moving - fixed}
+                outputs = binding.values.keys() - {"moving", "fixed"}
+                assert len(outputs) == 2 or options.only_execute_path_to_fetches
+                for name in outputs:
+                    binding.values[name].array[...] = results[name]
 
             def run(self, names, feeds, options):
                 self.runs += 1
@@ -126,12 +136,25 @@ class FakeRuntime:
             def bind_ortvalue_output(self, name, value):
                 self.values[name] = value
 
+            def bind_input(self, name, device, index, dtype, shape, address):
+                assert (device, index, dtype) == ("cuda", 0, np.float32)
+                self.values[name] = SimpleNamespace(array=memory(address, shape))
+
+            bind_output = bind_input
+
         self.batch = 1
+        self.on_run = lambda: None
         self.SessionOptions, self.OrtValue = SessionOptions, OrtValue
         self.InferenceSession, self.RunOptions = InferenceSession, onnxruntime.RunOptions
 
     def get_available_providers(self):
         return [CUDA, "CPUExecutionProvider"]
+
+
+def memory(address, shape):
+    """The float32 values that lie somewhere."""
+    values = (ctypes.c_float * int(np.prod(shape))).from_address(address)
+    return np.ctypeslib.as_array(values).reshape(shape)
 
 
 @pytest.fixture
@@ -146,6 +169,7 @@ def feeds(batch=1):
 
 
 def assert_right(found, given):
+    given = {name: np.asarray(image) for name, image in given.items()}
     np.testing.assert_array_equal(found["moved"], given["moving"] + given["fixed"])
     difference = given["moving"] - given["fixed"]
     np.testing.assert_array_equal(found["disp"], np.repeat(difference, 3, axis=1))
@@ -175,6 +199,94 @@ def test_cuda_results_lie_in_the_same_place_and_belong_to_the_caller(runtime):
     assert_right(result, first)
     assert [value.place for value in runtime.values] == places
     assert len(places) == 4
+
+
+@pytest.fixture
+def torch_cuda(runtime, monkeypatch):
+    """torch's side of the GPU: who waits for whom, and reads memory by its address."""
+    cuda = FakeCuda(monkeypatch)
+    runtime.on_run = lambda: cuda.calls.append("run")
+
+    def as_tensor(there, device):
+        interface = there.__cuda_array_interface__
+        assert (interface["typestr"], device) == ("<f4", "cuda:0")
+        address, read_only = interface["data"]
+        assert not read_only
+        return torch.from_numpy(memory(address, interface["shape"]))
+
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    return cuda
+
+
+IN_ORDER = [
+    "its own waits for the caller's",
+    "synchronize",
+    "run",
+    "the caller's waits for its own",
+]
+
+
+def test_cuda_tensors_are_copied_to_and_from_the_places_of_the_graph(runtime, torch_cuda):
+    backend = OnnxRuntimeBackend(b"", "cuda")
+    given = {name: torch.from_numpy(image) for name, image in feeds().items()}
+    arrays = feeds()
+    torch_cuda.calls.clear()
+    first = backend.run(given)
+    assert torch_cuda.calls == IN_ORDER
+    swapped = {"moving": given["fixed"], "fixed": given["moving"]}
+    assert_right(backend.run(swapped), swapped)
+    assert_right(first, given)
+    assert list(backend.run(given, ["disp"])) == ["disp"]
+    assert_right(backend.run(arrays), arrays)
+    assert len(runtime.values) == 4
+
+
+@pytest.mark.parametrize("wanted", [["moved", "disp"], ["disp"]])
+def test_cuda_tensors_of_an_open_batch_are_bound_where_they_are(runtime, torch_cuda, wanted):
+    runtime.batch = ANY_BATCH
+    backend = OnnxRuntimeBackend(b"", "cuda", ANY_BATCH)
+    given = {name: torch.from_numpy(image) for name, image in feeds(3).items()}
+    first = backend.run(given, wanted)
+    assert torch_cuda.calls == IN_ORDER
+    backend.run({name: image.flip(2) for name, image in given.items()}, wanted)
+    assert list(first) == wanted
+    for name in wanted:
+        np.testing.assert_array_equal(first[name], backend.run(feeds(3), [name])[name])
+    assert not runtime.values
+
+
+def test_cuda_tensors_that_are_too_many_are_halved(runtime, torch_cuda, tmp_path, monkeypatch):
+    pretend_machine(monkeypatch, gpus=(Gpu("NVIDIA T4", 75),))
+    monkeypatch.setattr("onnxruntime.get_available_providers", runtime.get_available_providers)
+    runtime.batch = ANY_BATCH
+    engine = load_engine(write_engine(tmp_path, batch=ANY_BATCH), device="cuda")
+    moving, fixed = (torch.from_numpy(image).as_subclass(OnGpu) for image in images(5))
+    made = torch.empty
+
+    def small_only(shape, **options):
+        if shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return made(shape, **options)
+
+    monkeypatch.setattr(torch, "empty", small_only)
+    out = engine.run(moving, fixed)
+    assert_right(out._asdict(), {"moving": moving, "fixed": fixed})
+    assert engine.at_once == 2
+
+
+def test_real_runtime_binds_memory_by_its_address():
+    """As the CUDA provider does; with the calls and in the order of this version."""
+    backend = OnnxRuntimeBackend(graph(ANY_BATCH), "cpu", ANY_BATCH)
+    given, out = feeds(3), np.empty((3, 1, *SHAPE), np.float32)
+    binding = backend._session.io_binding()
+    for name, image in given.items():
+        binding.bind_input(name, "cpu", 0, np.float32, image.shape, image.ctypes.data)
+    binding.bind_output("moved", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+    backend._session.run_with_iobinding(binding, backend._options)
+    np.testing.assert_array_equal(out, given["moving"] + given["fixed"])
+    value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(SHAPE, np.float32, "cpu", 0)
+    memory(value.data_ptr(), SHAPE)[...] = 7
+    assert value.numpy().min() == 7
 
 
 def test_graph_that_cannot_be_recorded_is_said_and_done_without(runtime, caplog):

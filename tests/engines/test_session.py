@@ -8,7 +8,6 @@ from concurrent.futures import wait
 
 import numpy as np
 import pytest
-import torch
 
 from _support.engines import SHAPE, images, write_engine
 from ulae_rt.engines import Engine, load_engine
@@ -176,26 +175,20 @@ def test_forgotten_engine_leaves_no_thread(backend):
             assert not thread.is_alive()
 
 
-class OnGpu:
-    device = "cuda:0"
-
+class OfAnotherLibrary:
     def __array__(self, *arguments, **options):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError("implicit conversion to a NumPy array is not allowed")
 
 
 @pytest.mark.parametrize(
     ("image", "message", "hint"),
     [
-        (OnGpu(), "moving is on cuda:0, expected it on the CPU", r"moving\.cpu\(\)"),
-        (torch.zeros(1, 1, *SHAPE, device="meta"), "moving is on meta", r"moving\.cpu\(\)"),
-        (torch.zeros(1, 1, *SHAPE, requires_grad=True), "cannot be read as an array", "detach"),
-        (torch.zeros(1, 1, *SHAPE, dtype=torch.bfloat16), "cannot be read as an array", "float"),
-        (torch.zeros(1, 1, *SHAPE, dtype=torch.float16), "moving is float16", "astype"),
+        (OfAnotherLibrary(), "cannot be read as an array: implicit conversion", "of numpy, or a"),
         ([[1.0], [2.0, 3.0]], "cannot be read as an array", "float32"),
         (np.zeros((1, 1, *SHAPE), object), "moving is object, expected float32", "astype"),
     ],
 )
-def test_images_of_a_wrong_type_or_place_are_refused(engine, image, message, hint):
+def test_images_of_a_wrong_type_are_refused(engine, image, message, hint):
     with pytest.raises(DtypeError, match=message) as caught:
         engine.run(image, images()[1])
     assert re.search(hint, caught.value.hint)
@@ -278,29 +271,6 @@ def test_hint_for_another_type(engine, dtype):
         engine.run(moving, fixed)
     assert caught.value.hint == "fixed.astype('float32')"
     assert engine.run(moving, eval(caught.value.hint, {"fixed": fixed})).moved.shape
-
-
-@pytest.mark.follows("{}.cpu()")
-def test_hint_for_an_image_on_a_gpu(engine):
-    moving, fixed = images()
-    there = OnGpu()
-    there.cpu = lambda: torch.from_numpy(moving)
-    with pytest.raises(DtypeError) as caught:
-        engine.run(there, fixed)
-    assert caught.value.hint == "moving.cpu()"
-    out = engine.run(eval(caught.value.hint, {"moving": there}), fixed)
-    np.testing.assert_array_equal(out.moved, moving + fixed)
-
-
-@pytest.mark.follows("give a float32 array; of a torch tensor {}.detach().float()")
-@pytest.mark.parametrize("options", [{"requires_grad": True}, {"dtype": torch.bfloat16}])
-def test_hint_for_a_tensor_that_is_no_array(engine, options):
-    moving = torch.full((1, 1, *SHAPE), 0.5, **options)
-    with pytest.raises(DtypeError) as caught:
-        engine.run(moving, images()[1])
-    code = caught.value.hint.rpartition("of a torch tensor ")[2]
-    assert code == "moving.detach().float()"
-    assert engine.run(eval(code, {"moving": moving}), images()[1]).moved.shape
 
 
 @pytest.mark.follows("open it again with load_engine")

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from _support.cuda import FakeCuda as FakeTorchCuda
 from _support.engines import SHAPE, images, pretend_machine, write_engine
 from ulae_rt.cli import run_command
 from ulae_rt.engines import Engine, load_engine
@@ -38,7 +40,9 @@ class FakeCuda:
     """``cuda.bindings.runtime``: device memory is host memory, streams are lists of work."""
 
     cudaStreamNonBlocking = 1
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(
+        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+    )
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __init__(self):
@@ -111,7 +115,10 @@ class FakeCuda:
         (self.work if self.capturing is None else self.capturing).append(work)
 
     def cudaMemcpyAsync(self, to, source, size, kind, stream):
-        assert {to, source} <= set(self.memory)
+        if kind == self.cudaMemcpyKind.cudaMemcpyDeviceToDevice:  # to or from what torch has
+            assert len({to, source} & set(self.memory)) == 1
+        else:
+            assert {to, source} <= set(self.memory)
         assert self.capturing is None
         self.do(stream, lambda: ctypes.memmove(to, source, size))
 
@@ -246,6 +253,7 @@ def feeds():
 
 
 def assert_right(found, given):
+    given = {name: np.asarray(image) for name, image in given.items()}
     np.testing.assert_array_equal(found["moved"], given["moving"] + given["fixed"])
     difference = given["moving"] - given["fixed"]
     np.testing.assert_array_equal(found["disp"], np.repeat(difference, 3, axis=1))
@@ -274,6 +282,30 @@ def test_copies_run_and_copies_in_this_order(cuda, library, kind):
     copies = ["cudaMemcpyAsync"] * 2
     assert cuda.calls == ["cudaSetDevice", *copies, *launch, *copies, "cudaStreamSynchronize"]
     assert library.enqueued - enqueued == (kind == "tensorrt-rtx")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_are_copied_on_the_gpu_between_what_the_caller_has_it_do(
+    cuda, library, kind, monkeypatch
+):
+    backend = TensorRtBackend(b"a plan", kind, "cuda")
+    torch_cuda = FakeTorchCuda(monkeypatch)
+    torch_cuda.flush = lambda: cuda.cudaStreamSynchronize(7)  # what waits for it sees it done
+    given = {name: torch.from_numpy(image) for name, image in feeds().items()}
+    cuda.calls.clear()
+    first = backend.run(given)
+    launch = ["cudaGraphLaunch"] if kind == "tensorrt" else []
+    copies = ["cudaMemcpyAsync"] * 2
+    assert cuda.calls[:-1] == [*copies, *launch, *copies]  # the host waits for nothing
+    assert torch_cuda.calls == [
+        "its own at 7 waits for the caller's",
+        "the caller's waits for its own at 7",
+    ]
+    swapped = {"moving": given["fixed"], "fixed": given["moving"]}
+    assert_right(backend.run(swapped), swapped)
+    assert_right(first, given)
+    assert list(backend.run(given, ["disp"])) == ["disp"]
+    assert_right(backend.run(feeds()), feeds())  # arrays and tensors, in turn
 
 
 def test_graph_is_recorded_once_and_by_the_library_itself_on_rtx(cuda, library):
@@ -418,6 +450,7 @@ def test_calls_are_those_the_real_bindings_have():
             assert hasattr(runtime, name)
     assert hasattr(runtime.cudaMemcpyKind, "cudaMemcpyHostToDevice")
     assert hasattr(runtime.cudaMemcpyKind, "cudaMemcpyDeviceToHost")
+    assert hasattr(runtime.cudaMemcpyKind, "cudaMemcpyDeviceToDevice")
     assert hasattr(runtime.cudaStreamCaptureMode, "cudaStreamCaptureModeThreadLocal")
 
 
