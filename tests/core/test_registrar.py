@@ -39,7 +39,7 @@ def test_weights_show_the_interface_of_an_engine(weights):
         assert (engine.backend, engine.precision, engine.batch) == ("torch", "fp32", 1)
         assert engine.metadata.shape == SHAPE
         assert engine.metadata.licence == "CC0"
-        out = engine.run(moving, torch.from_numpy(fixed))
+        out = engine.run(moving, fixed)
         later = engine.submit(moving, fixed).result(60)
         with pytest.raises(ShapeError, match="moving has shape"):
             engine.run(moving[..., 1:], fixed[..., 1:])

@@ -13,7 +13,7 @@ import torch
 from _support.engines import SHAPE, make_manifest, write_engine
 from ulae_rt.cli import run_command
 from ulae_rt.engines import load_engine
-from ulae_rt.engines.backends.pt2 import Pt2Backend
+from ulae_rt.engines.backends.pt2 import Pt2Backend, _Uncaptured
 from ulae_rt.errors import BackendUnavailable, EngineMismatch
 from ulae_rt.manifest import Manifest
 
@@ -108,6 +108,22 @@ def test_only_what_is_wanted_is_computed(
     targets = [str(node.target) for node in reduced.graph.nodes]
     assert any("add" in target for target in targets) == ("moved" in wanted)
     assert any("sub" in target for target in targets) == ("disp" in wanted)
+
+
+def test_a_program_of_any_batch_is_given_a_gpus_tensors_as_they_are() -> None:
+    """Its stand-in takes those of the CPU, and what it gives is torch's, made for inference."""
+    seen = []
+
+    def compiled(*images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.append([image.data_ptr() for image in images])
+        return images[0] + images[1], images[0] - images[1]
+
+    pair = torch.rand(2, 3, 1, *SHAPE)
+    program = _Uncaptured(compiled, "cuda:0")
+    (difference,) = program([*pair], [1])
+    assert seen == [[image.data_ptr() for image in pair]]
+    assert torch.equal(difference, pair[0] - pair[1])
+    assert not difference.is_inference()  # so it may be used where gradients are computed
 
 
 @pytest.mark.follows("`ulae-rt doctor` says why; an ONNX engine runs on the CPU")

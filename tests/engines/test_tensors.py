@@ -241,12 +241,15 @@ def test_a_backend_is_fed_what_is_aligned_and_in_one_piece(gpu, on_gpu, monkeypa
     made = torch.Tensor.clone
     cloned = []
     monkeypatch.setattr(OnGpu, "clone", lambda image: cloned.append(made(image)) or cloned[-1])
-    moving, fixed = aligned(on_gpu(2))
+    moving, _ = aligned(on_gpu(2))
     assert SHAPE[0] * SHAPE[1] * SHAPE[2] * 4 % 256
-    out = gpu.run(moving[1:], fixed.flip(2)[1:])  # of which the first begins between
+    (wide,) = aligned([torch.rand(1, 1, *SHAPE, 2)])
+    fixed = wide[..., 0]
+    assert not fixed.is_contiguous()
+    out = gpu.run(moving[1:], fixed)  # of which the first begins between
     assert gpu._backend.fed[0]["moving"] is cloned[0]
     assert gpu._backend.fed[0]["fixed"].is_contiguous()
-    assert torch.equal(out.moved.cpu(), (moving[1:] + fixed.flip(2)[1:]).cpu())
+    assert torch.equal(out.moved.cpu(), (moving[1:] + fixed).cpu())
 
 
 def test_full_memory_halves_what_is_given_at_once(gpu, on_gpu):
