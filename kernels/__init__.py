@@ -8,7 +8,7 @@ other. Conventions: :mod:`ulae_rt.conventions`.
 from ulae_rt.kernels.affine_normal_equations.op import affine_normal_equations
 from ulae_rt.kernels.compose.op import compose
 from ulae_rt.kernels.diffusion.op import diffusion, diffusion_with_gradient
-from ulae_rt.kernels.lncc.op import lncc, multi_window_lncc, weighted_lncc
+from ulae_rt.kernels.lncc.op import LnccTo, lncc, multi_window_lncc, weighted_lncc
 from ulae_rt.kernels.moving_block.op import moving_block
 from ulae_rt.kernels.norm_activate.op import norm_activate
 from ulae_rt.kernels.resize.op import resize_displacement
@@ -20,6 +20,7 @@ from ulae_rt.kernels.world_displacement.op import world_displacement
 from ulae_rt.kernels.world_jacobian.op import world_jacobian
 
 __all__ = [
+    "LnccTo",
     "affine_normal_equations",
     "compose",
     "diffusion",

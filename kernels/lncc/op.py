@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ulae_rt.errors import UsageError
+from ulae_rt.errors import DtypeError, UsageError
 from ulae_rt.kernels import _launch
 from ulae_rt.kernels._check import check_same, check_volume, check_window
-from ulae_rt.kernels.lncc.reference import multi_window_lncc_reference
+from ulae_rt.kernels.lncc.reference import AgainstOne, multi_window_lncc_reference
 
 
 @torch.library.custom_op("ulae_rt::lncc", mutates_args=())
@@ -259,3 +259,54 @@ def lncc(x: Tensor, y: Tensor, window: int = 9, eps: float = 1e-5) -> Tensor:
     ``multi_window_lncc(x, y, (window,), eps)[0]``: formula, arguments and errors are given there.
     """
     return multi_window_lncc(x, y, (window,), eps)[0]
+
+
+class LnccTo:
+    """:func:`lncc` of many images against one that stays, each with its gradient by the image.
+
+    The gradient is the closed form, so that nothing is recorded for autograd, and on a CPU the
+    sums over the image that stays are taken once.
+
+    Example:
+        >>> lncc_to_fixed = LnccTo(fixed, window=5)
+        >>> similarity, slope = lncc_to_fixed(moved)
+
+    Args:
+        y: (B, C, D, H, W), float32 or float64.
+        window: odd box size in voxels.
+        eps: added to the denominator.
+
+    Raises:
+        ShapeError, DtypeError, UsageError: as :func:`multi_window_lncc`; a call also where ``x`` is
+            not of ``y``'s shape, device and type.
+
+    Source: ULAE-net, Eq. 3.
+    """
+
+    def __init__(self, y: Tensor, window: int = 9, eps: float = 1e-5) -> None:
+        _check(y, y, (window,))
+        if y.dtype not in (torch.float32, torch.float64):
+            raise DtypeError(
+                f"lncc: y is {y.dtype}, expected float32 or float64", "convert it: y.float()"
+            )
+        self._y, self._window, self._eps = y.detach(), window, eps
+        self._reference: AgainstOne | None = None
+        if _launch.uses_triton(y):
+            self._weight = y.new_ones(1)
+        else:
+            self._reference = AgainstOne(self._y, window, eps)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean, a scalar, and its gradient by ``x``, (B, C, D, H, W); both without a graph."""
+        _check(x, self._y, (self._window,))
+        if x.dtype != self._y.dtype:
+            raise DtypeError(
+                f"lncc: x is {x.dtype}, expected {self._y.dtype} as y", f"x.to({self._y.dtype})"
+            )
+        with torch.no_grad():
+            if self._reference is not None:
+                return self._reference(x)
+            value, _, by_x, _ = _weighted_lncc(
+                x, self._y, self._weight, [self._window], self._eps, True, False
+            )
+        return value, by_x

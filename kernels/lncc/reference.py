@@ -93,3 +93,45 @@ def multi_window_lncc_reference(
     accumulate = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     means: Tensor = _Means.apply(x.to(accumulate), y.to(accumulate), windows, eps)
     return means
+
+
+class AgainstOne:
+    """The mean of cc of many images x against one image y that stays, and its gradient by x.
+
+    The sums over y are taken once, and what `_Means` says of the gradient holds here too.
+
+    Args:
+        y: (B, C, D, H, W).
+        window: odd.
+        eps: added to the denominator.
+    """
+
+    def __init__(self, y: Tensor, window: int, eps: float) -> None:
+        self._y, self._window, self._eps = y, window, eps
+        sums = box_sum(torch.cat((y, y * y), dim=1), window)
+        self._sum, square_sum = sums.split(y.shape[1], dim=1)
+        self._variance = (square_sum - self._sum * self._sum / window**3).clamp_min_(0)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean, a scalar, and its gradient, of ``x``'s shape."""
+        channels, n = x.shape[1], self._window**3
+        sums = box_sum(torch.cat((x, x * self._y, x * x), dim=1), self._window)
+        s_x, cross, var_x = sums.split(channels, dim=1)
+        cross.addcmul_(s_x, self._sum, value=-1 / n)
+        var_x.addcmul_(s_x, s_x, value=-1 / n)
+        # Only rounding makes a variance negative; it says nothing then.
+        real = var_x >= 0
+        product = var_x.clamp_min_(0).mul_(self._variance)
+        square = cross * cross
+        below = product + self._eps
+        cc = torch.minimum(square, product).div_(below)
+        share = ((square <= product).to(x.dtype) + (square < product)).div_(2)
+        below.mul_(cc.numel())
+        by_cross = cross.mul_(share).div_(below).mul_(2)
+        by_var = (1 - share).sub_(cc).div_(below).mul_(self._variance).mul_(real)
+        both = (by_cross * self._sum).addcmul_(by_var, s_x, value=2)
+        a, v, m = box_sum(torch.cat((by_cross, by_var, both), dim=1), self._window).split(
+            channels, dim=1
+        )
+        gradient = a.mul_(self._y).addcmul_(v, x, value=2).sub_(m, alpha=1 / n)
+        return cc.mean(), gradient

@@ -12,7 +12,7 @@ from _support import plain_ulae as plain
 from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import noise, smooth_image
 from ulae_rt.errors import DtypeError, ShapeError, UsageError
-from ulae_rt.kernels import lncc, multi_window_lncc, weighted_lncc
+from ulae_rt.kernels import LnccTo, lncc, multi_window_lncc, weighted_lncc
 from ulae_rt.kernels.lncc.reference import box_sum
 
 SHAPES = [
@@ -251,6 +251,51 @@ def test_weighted_sum() -> None:
     with torch.no_grad():
         assert weighted_lncc(x, y, (5,), (1.0,))[0].grad_fn is None
     assert weighted_lncc(x.half(), y.bfloat16(), (5,), (1.0,))[0].dtype == torch.float32
+
+
+# Against one image
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_against_one_image_it_is_the_same_with_its_gradient(window: int) -> None:
+    y = noise(2, 2, 7, 6, 9, seed=2)
+    y[:, :, :4] = 0.25  # where one image says nothing, nothing but rounding is left
+    to_y = LnccTo(y, window)
+    for seed in (1, 5):
+        x = noise(2, 2, 7, 6, 9, seed=seed)
+        x[:, :, :, 4:] = 0.5
+        wanted = lncc(x.requires_grad_(), y, window)
+        value, gradient = to_y(x)
+        assert_close("value", value, wanted.detach(), TOL["op float64"])
+        assert gradient.abs().amax() > 1e-4
+        (by_x,) = torch.autograd.grad(wanted, x)
+        assert_close("gradient", gradient, by_x, TOL["op float64"])
+        assert not value.requires_grad
+        assert not gradient.requires_grad
+
+
+def test_against_the_image_itself_the_gradient_is_that_of_a_tie() -> None:
+    y = noise(1, 1, 6, 7, 8, seed=3)
+    x = y.clone().requires_grad_()
+    (by_x,) = torch.autograd.grad(lncc(x, y, 3), x)
+    value, gradient = LnccTo(y, 3)(y)
+    assert_close("value", value, lncc(y, y, 3), TOL["op float64"])
+    assert_close("gradient", gradient, by_x, TOL["op float64"])
+
+
+@pytest.mark.follows("convert it: y.float()", "x.to({})")
+def test_against_one_image_other_images_are_refused() -> None:
+    y = noise(1, 1, 6, 7, 8)
+    with pytest.raises(DtypeError, match=r"y is torch\.float16, expected float32"):
+        LnccTo(y.half())
+    LnccTo(y.half().float())
+    with pytest.raises(UsageError, match="window is 4"):
+        LnccTo(y, 4)
+    with pytest.raises(ShapeError, match="y has shape"):
+        LnccTo(y, 3)(y[:, :, 1:])
+    with pytest.raises(DtypeError, match=r"x is torch\.float32, expected torch"):
+        LnccTo(y, 3)(y.float())
+    LnccTo(y, 3)(y.float().to(torch.float64))
 
 
 # Types and layouts

@@ -12,7 +12,7 @@ from _support.kernels import assert_kernel_as_good, implementation, run
 from _support.tolerances import TOL, assert_close, assert_equal
 from _support.volumes import noise, smooth_image
 from ulae_rt.errors import BackendUnavailable
-from ulae_rt.kernels import _launch, lncc, multi_window_lncc, weighted_lncc
+from ulae_rt.kernels import LnccTo, _launch, lncc, multi_window_lncc, weighted_lncc
 
 CPU = torch.device("cpu")
 # Beyond one block of slices, rows or lanes; an axis of one; several volumes.
@@ -139,6 +139,19 @@ def test_only_the_gradient_that_is_needed(
         expected = [0, 3 if sum(needs) == 1 else 5]
     assert_kernel_as_good(op, call, inputs, triton_device, needs)
     assert asked == expected
+
+
+def test_against_one_image_it_is_the_gradient_of_the_whole(triton_device: torch.device) -> None:
+    x, y = (v.to(triton_device, torch.float32) for v in pair(ENOUGH))
+    value, gradient = LnccTo(y, 3)(x)
+    wanted = lncc(x.requires_grad_(), y, 3)
+    (by_x,) = torch.autograd.grad(wanted, x)
+    # The two programs sum up in another order.
+    assert_close("value", value, wanted.detach(), TOL["lncc float32"])
+    scale = by_x.abs().amax()
+    assert_close(
+        "gradient", gradient / scale, by_x / scale, TOL["lncc gradient float32, any offset"]
+    )
 
 
 def test_without_gradients_nothing_is_computed_or_kept(

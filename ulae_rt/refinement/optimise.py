@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ulae_rt.displacement import pool_displacement, upsample_displacement
 from ulae_rt.errors import ShapeError
 from ulae_rt.kernels.compose.op import compose
-from ulae_rt.kernels.lncc.op import lncc, weighted_lncc
+from ulae_rt.kernels.lncc.op import LnccTo, lncc
 from ulae_rt.kernels.warp.op import warp
 from ulae_rt.refinement.schedule import Level
 from ulae_rt.refinement.smoothing import Gaussian
@@ -146,7 +146,8 @@ class _Climb:
         self.disp = disp.contiguous().clone()
         self.done = 0
         self.ended = "all iterations done"
-        self._moving, self._fixed, self._level = moving, fixed, level
+        self._moving, self._level = moving, level
+        self._similarity_to_fixed = LnccTo(fixed, level.window)
         sizes = disp.shape[2:]
         self._smooth_update = Gaussian(level.update_sigma, sizes, disp)
         self._smooth_field = Gaussian(level.field_sigma, sizes, disp)
@@ -174,11 +175,7 @@ class _Climb:
         level = self._level
         with torch.no_grad():
             moved = warp(self._moving, self.disp)
-        moved.requires_grad_()
-        # On a GPU its value and its slope come from one pass over the volume.
-        similarity, _ = weighted_lncc(moved, self._fixed, (level.window,), (1.0,))
-        (slope,) = torch.autograd.grad(similarity, moved)
-        with torch.no_grad():
+            similarity, slope = self._similarity_to_fixed(moved)
             # In means over all voxels a voxel's slope is tiny; Adam's squares of it would be lost.
             update = _gradient(moved).mul_(slope * slope.numel())
             update = self._smooth_update(update)
