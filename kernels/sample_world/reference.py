@@ -8,6 +8,9 @@ from ulae_rt.kernels.resize.reference import resize_displacement_reference
 
 # Slices of the output whose points exist at a time: they stay in the cache.
 _SLAB = 8
+_AS_SIGNED = {
+    torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64,
+}  # fmt: skip
 
 
 def sample_world_reference(
@@ -27,6 +30,11 @@ def sample_world_reference(
     if disp is not None:
         wide = torch.promote_types(disp.dtype, torch.float32)
         disp = resize_displacement_reference(disp.to(wide), factor)
+    if image.dtype in _AS_SIGNED:  # few of torch's operations know the unsigned types
+        sampled_bits = sample_world_reference(
+            image.view(_AS_SIGNED[image.dtype]), matrix, disp, disp_matrix, shape=shape, mode=mode
+        )
+        return sampled_bits.view(image.dtype)
     steps = (matrix[:, :, :3] if disp_matrix is None else disp_matrix).double()
     out = image.new_empty((len(matrix), image.shape[1], *shape))
     for b, volume in enumerate(image.expand(len(matrix), -1, -1, -1, -1)):

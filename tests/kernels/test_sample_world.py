@@ -90,7 +90,15 @@ def test_is_itk(seed: int) -> None:
     assert 0.2 < float((expected > 0).double().mean()) < 0.98
     found = sample_world(image, matrix, shape=shape)[0, 0]
     assert_close("linear", found, expected, TOL["op float64"])
-    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32):
+    for dtype in (
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float32,
+    ):
         labels = (200 * image).to(dtype)
         expected = itk_resampled(labels[0, 0], matrix[0], shape, sitk.sitkNearestNeighbor)
         found = sample_world(labels, matrix, shape=shape, mode="nearest")[0, 0]
