@@ -193,7 +193,10 @@ class UlaeNet(nn.Module):
             {str(s): nn.Conv3d(channels, 3, 3, padding=1) for s in self.used_steps}
         )
         for head in self.heads.values():
-            nn.init.normal_(cast(nn.Conv3d, head).weight, 0.0, _HEAD_STD)
+            weight = cast(nn.Conv3d, head).weight
+            if weight.is_meta:  # has no numbers; torch would load its compiler to draw them
+                continue
+            nn.init.normal_(weight, 0.0, _HEAD_STD)
             nn.init.zeros_(cast(Tensor, cast(nn.Conv3d, head).bias))
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
