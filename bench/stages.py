@@ -186,7 +186,7 @@ def host_to_host(
     setting: Setting,
 ) -> None:
     """The displacement as `Registrar` gets it: arrays in, arrays out, copies included."""
-    from ulae_rt.network import TorchBackend
+    from ulae_rt.registration.network import TorchBackend
 
     arrays = dict(zip(("moving", "fixed"), (x.cpu().numpy() for x in pair), strict=True))
     started = time.perf_counter()

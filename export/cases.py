@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from ulae_rt import samples
 from ulae_rt.imaging.affine import register_affine
-from ulae_rt.imaging.grid import network_input, with_background, working_grid
+from ulae_rt.imaging.image import image_of
 from ulae_rt.imaging.nifti import read_volume
+from ulae_rt.imaging.preprocess import network_input, with_background, working_grid
 from ulae_rt.imaging.transform import jacobian_determinant
 from ulae_rt.model import UlaeNet
 
@@ -120,8 +121,8 @@ def canary_heads(model: UlaeNet) -> UlaeNet:
 
 def folded(disp: NDArray[Any]) -> NDArray[np.bool_]:
     """Where p -> p + disp(p) has a Jacobian determinant of 0 or less; disp is (3, D, H, W)."""
-    voxels = np.ascontiguousarray(np.moveaxis(disp, 0, -1), np.float32)
-    return jacobian_determinant(voxels, np.eye(4)) <= 0
+    voxels = torch.from_numpy(np.ascontiguousarray(disp, np.float32))[None]
+    return np.asarray(jacobian_determinant(voxels, np.eye(4))[0, 0] <= 0)
 
 
 def _case(
@@ -155,10 +156,12 @@ class _Float32Products(TorchFunctionMode):
 def _sample_pair(shape: Shape) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The sample brains on a grid of ``shape`` that shows all of them, (1, D, H, W) each."""
     spacing = max(mm / size for mm, size in zip(FIELD_OF_VIEW_MM, shape, strict=True))
-    moving, fixed = (with_background(read_volume(p)) for p in (samples.MOVING, samples.FIXED))
+    moving, fixed = (
+        with_background(image_of(read_volume(path))) for path in (samples.MOVING, samples.FIXED)
+    )
     affine = register_affine(moving, fixed)
-    grid, _ = working_grid(fixed, shape, spacing)
+    grid, _ = working_grid(fixed, shape, spacing * np.eye(3))
     return (
-        network_input(moving, grid, affine)[None],
-        network_input(fixed, grid, None)[None],
+        network_input(moving, grid, affine)[0].numpy(),
+        network_input(fixed, grid, None)[0].numpy(),
     )

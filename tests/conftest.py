@@ -45,6 +45,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def upright(monkeypatch) -> None:
+    """The working grid lies along R, A and S at 1 mm, whatever a head's pose.
+
+    For the blobs of `_support.brains`, which are no heads, and for displacements that are given in
+    voxels of that grid.
+    """
+    monkeypatch.setattr("ulae_rt.registration.registrar.pose_of", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The OASIS scans with labels: ``ULAE_RT_DATA``, or ``../shared/data`` beside the checkout."""

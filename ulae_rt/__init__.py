@@ -8,7 +8,7 @@ __all__ = ["Registrar", "__version__", "load_model"]
 
 if TYPE_CHECKING:
     from ulae_rt.model import load_model
-    from ulae_rt.registrar import Registrar
+    from ulae_rt.registration import Registrar
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return load_model
     if name == "Registrar":
-        from ulae_rt.registrar import Registrar
+        from ulae_rt.registration import Registrar
 
         return Registrar
     raise AttributeError(f"module 'ulae_rt' has no attribute {name!r}")

@@ -18,7 +18,8 @@ from ulae_rt.imaging.chain import (
     read_transform,
     transform_path,
 )
-from ulae_rt.imaging.grid import Grid, grid_of
+from ulae_rt.imaging.grid import Displacement, Grid, Interpolation, grid_of
+from ulae_rt.imaging.image import Image, as_array, file_order, image_of, labels_of
 from ulae_rt.imaging.nifti import (
     Outputs,
     Volume,
@@ -29,7 +30,7 @@ from ulae_rt.imaging.nifti import (
     read_volume,
     save_image,
 )
-from ulae_rt.imaging.transform import Displacement, warp_image
+from ulae_rt.imaging.transform import in_mm, warp_image
 from ulae_rt.imaging.warpfile import WARP_FORMATS
 
 if TYPE_CHECKING:
@@ -127,14 +128,18 @@ def _carry(image: Volume, disp: Displacement, grid: Grid, interp: str) -> NDArra
     if interp == "nearest":
         if image.data.dtype.kind in "iu":
             check_exact_labels(image.data, image.name)
-        return warp_image(image, disp, grid, "nearest")
+        return _warped(labels_of(image), disp, grid, "nearest")
     check_single_precision(image.data, image.name)
     if _looks_like_labels(image.data):
         logger.warning(
             "%s looks like a label map: --interp nearest keeps its labels, linear mixes them",
             image.name,
         )
-    return warp_image(image, disp, grid)
+    return _warped(image_of(image), disp, grid, "linear")
+
+
+def _warped(image: Image, disp: Displacement, grid: Grid, interp: Interpolation) -> NDArray[Any]:
+    return as_array(warp_image(image, in_mm(disp), file_order(grid), interp))
 
 
 def _looks_like_labels(data: NDArray[Any]) -> bool:

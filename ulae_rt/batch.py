@@ -12,14 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import SimpleITK as sitk
 from tqdm import tqdm
 
 from ulae_rt import __version__
 from ulae_rt.allocator import keep_freed_memory
-from ulae_rt.baselines.method import BASELINES, BaselineOptions
+from ulae_rt.baselines.options import BASELINES, BaselineOptions
 from ulae_rt.batching.cluster import LOCAL, Cluster
-from ulae_rt.batching.page import WORST, write_page
 from ulae_rt.batching.pairs import Pair, Shard, outside, read_pairs
 from ulae_rt.batching.pipeline import (
     OUTPUTS,
@@ -36,12 +34,14 @@ from ulae_rt.env import let_torch_threads_sleep
 from ulae_rt.errors import BatchError, DiskFull, EngineMismatch, UsageError
 from ulae_rt.imaging.warpfile import WARP_FORMATS
 from ulae_rt.options import NetworkOptions
-from ulae_rt.registrar import Method
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
+    from ulae_rt.registration.registrar import Method
 
 NETWORK = "network"
+# Pairs that the page has pictures of.
+WORST = 12
 # Of the list's pairs, so many names are shown.
 SHOWN = 3
 
@@ -120,8 +120,6 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     _show_outside(pairs, arguments.pairs.parent, report)
     keep_freed_memory()
     let_torch_threads_sleep()
-    # Every worker has a pair of its own: threads within one would only wait for each other.
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     with _runner(options, arguments) as runner:
         return _batch(arguments, report, runner, pairs, wanted, shard)
 
@@ -166,6 +164,8 @@ def _batch(
             },
         }
         folder.write_summary(summary)
+        from ulae_rt.batching.page import write_page  # draws
+
         write_page(folder, rows, summary, arguments.pictures)
         if summary["lncc_refined"]:
             before, after = (summary[f"lncc_{of}"]["mean"] for of in ("network", "refined"))
@@ -235,15 +235,14 @@ def _runner(
 class _Here:
     """This process, with the methods that a `Cluster` has."""
 
-    def __init__(
-        self, method: Method[Any, Any], workers: int | None, batch_size: int | None
-    ) -> None:
+    def __init__(self, method: "Method", workers: int | None, batch_size: int | None) -> None:
         self.description = method.description
         self.settings = method.settings
         self._method = method
         self._workers = workers or processors()
         self._batch_size = batch_size or method.at_once
         self._used = Usage()
+        self._cpu_seconds = time.process_time()
 
     def run(
         self, pairs: Sequence[Pair], folder: ResultsFolder, wanted: Wanted, stop: threading.Event
@@ -255,9 +254,14 @@ class _Here:
         return pipeline.run(pairs, stop)
 
     def usage(self) -> dict[str, float]:
+        from ulae_rt.imaging.transfers import moved  # loaded with the method
+
         return {
             "network_busy_seconds": self._used.busy,
             "network_idle_seconds": self._used.idle,
+            "cpu_seconds": time.process_time() - self._cpu_seconds,
+            "bytes_to_device": moved().to_device,
+            "bytes_to_host": moved().to_host,
         }
 
 

@@ -8,14 +8,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from ulae_rt import __version__, messages
 from ulae_rt.errors import BatchError, UlaeError, UsageError
+from ulae_rt.optional import require
 
 # Name -> (module, one-line help). Modules load only when their command runs, so that `--help`
-# and `register --engine` never pay for torch or for the exporter.
+# never pays for torch or for the exporter.
 COMMANDS = {
     "register": ("ulae_rt.register", "register one pair of NIfTI files"),
     "batch": ("ulae_rt.batch", "register every pair of a list"),
@@ -66,9 +67,11 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
         0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     try:
-        module = importlib.import_module(COMMANDS[name][0])
+        module = _module_of(name)
     except KeyboardInterrupt:  # importing takes a second
         return _interrupted("")
+    except UlaeError as error:
+        return _failed(error)
     parser = _Parser(prog=prog or f"python -m ulae_rt.{name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -82,6 +85,20 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
         messages.redirect_itk(itk)
     with messages.libraries_redirected():
         return _guarded(module.run, arguments)
+
+
+def _module_of(name: str) -> ModuleType:
+    """The module of a command.
+
+    Raises:
+        BackendUnavailable: it cannot be loaded without torch, and torch is not installed.
+    """
+    try:
+        return importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            require("torch", "torch")
+        raise
 
 
 def _guarded(
@@ -113,15 +130,20 @@ def _run(
     except UlaeError as error:
         if isinstance(error, BatchError) and arguments.json:
             _printed({**error.result, "warnings": collected.messages})
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return _failed(error)
     except KeyboardInterrupt as interrupt:
         return _interrupted(str(interrupt))
     except BrokenPipeError:
         return 1
     return _printed({**result, "warnings": collected.messages}) if arguments.json else 0
+
+
+def _failed(error: UlaeError) -> int:
+    """Say an error in its two lines; the status that it ends the command with."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def _printed(result: dict[str, Any]) -> int:

@@ -14,9 +14,15 @@ Source: ULAE-net, Eq. 2 of the paper; the released code's SpatialTransformer
 (github.com/wanghaostu/ULAE-net, ULAE/ULAE.py at ac89ce5) has the same geometry.
 """
 
+from typing import Literal
+
 # The paper's grid: 160 x 192 x 160 voxels of 1 mm.
 FULL_SHAPE = (160, 192, 160)
 FULL_SPACING_MM = 1.0
 
 # Four halvings in the encoder: every axis must be a multiple of this.
 SIZE_MULTIPLE = 16
+
+# How a pair is aligned before its displacement is found; see `ulae_rt.imaging.affine`.
+AffineMode = Literal["none", "com", "affine"]
+AFFINE_MODES: tuple[AffineMode, ...] = ("none", "com", "affine")

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import SimpleITK as sitk
 from tqdm import tqdm
 
 from ulae_rt import __version__
 from ulae_rt.batching.pairs import Pair, read_pairs
-from ulae_rt.batching.pipeline import processors
+from ulae_rt.batching.pipeline import processors, threads_of_its_own
 from ulae_rt.batching.results import Row, read_results
 from ulae_rt.errors import BatchError, EvaluationError, UsageError
 from ulae_rt.evaluation.measures import (
@@ -318,11 +317,9 @@ def _write(outputs: Outputs, path: Path, text: str) -> None:
 def _evaluated(
     jobs: Sequence[tuple[Pair, list[Registration]]], protocol: Protocol, workers: int
 ) -> list[Case | Failure]:
-    # Every worker has a pair of its own: threads within one would only wait for each other.
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     found: list[Case | Failure] = []
     with (
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(workers, initializer=threads_of_its_own) as pool,
         tqdm(total=len(jobs), unit="pair", disable=None, file=sys.stderr) as bar,
     ):
         for results in pool.map(lambda job: evaluate_pair(job[0], job[1], protocol), jobs):

@@ -3,14 +3,16 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
+from ulae_rt.conventions import AFFINE_MODES, AffineMode
 from ulae_rt.engines.folder import PRECISIONS
 from ulae_rt.engines.folder import SUFFIXES as ENGINE_SUFFIXES
 from ulae_rt.errors import EngineMismatch, UsageError
-from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode
-from ulae_rt.network import BACKENDS
-from ulae_rt.registrar import Registrar
+from ulae_rt.registration.network import BACKENDS
+
+if TYPE_CHECKING:
+    from ulae_rt.registration import Registrar
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,14 @@ class NetworkOptions:
         """Whether it uses a GPU where there is one."""
         return self.device != "cpu"
 
-    def open(self) -> Registrar:
-        """Open the network."""
+    def open(self) -> "Registrar":
+        """Open the network.
+
+        Raises:
+            BackendUnavailable: torch is not installed.
+        """
+        from ulae_rt.registration import Registrar  # loads torch
+
         return Registrar(
             self.source,
             device=self.device,

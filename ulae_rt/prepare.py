@@ -8,31 +8,21 @@ import os
 import re
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import SimpleITK as sitk
 from tqdm import tqdm
 
+from ulae_rt.batching.pipeline import threads_of_its_own
+from ulae_rt.conventions import AFFINE_MODES, AffineMode
 from ulae_rt.errors import ImageError, OutputError, UlaeError, UsageError
 from ulae_rt.files import locked_run
-from ulae_rt.imaging.affine import AFFINE_MODES, AffineMode, register_affine
-from ulae_rt.imaging.grid import (
-    CUT_OFF,
-    NO_OVERLAP,
-    NORMALISATION,
-    WORKING_SHAPE,
-    Grid,
-    cut_off,
-    network_input,
-    resample,
-    warn_cut_off,
-    with_background,
-    working_grid,
-)
+from ulae_rt.imaging.affine import register_affine
+from ulae_rt.imaging.grid import Grid
+from ulae_rt.imaging.image import Image, as_array, image_of, labels_of, resample
 from ulae_rt.imaging.labelmap import check_labels, refuse_empty
 from ulae_rt.imaging.nifti import (
     SUFFIXES,
@@ -43,9 +33,20 @@ from ulae_rt.imaging.nifti import (
     read_volume,
     save_image,
 )
-from ulae_rt.imaging.plausible import warn_implausible_affine, warn_unlike
+from ulae_rt.imaging.preprocess import (
+    CUT_OFF,
+    NO_OVERLAP,
+    NORMALISATION,
+    WORKING_SHAPE,
+    cut_off,
+    network_input,
+    warn_cut_off,
+    with_background,
+    working_grid,
+)
 from ulae_rt.imaging.similarity import correlation
-from ulae_rt.messages import about, collected, collecting, libraries_redirected, redirect_itk
+from ulae_rt.messages import about, collected, collecting, libraries_redirected
+from ulae_rt.registration.verdict import affine_reason, tell, unlike_reason
 from ulae_rt.strict_csv import csv_rows, decode_text, separator
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
         )
     scans = find_scans(arguments.scans)
     _check_apart(scans, arguments.out)
-    template = with_background(read_volume(arguments.template))
+    template = with_background(image_of(read_volume(arguments.template)))
     grid, lost = working_grid(template, shape)
     if lost > NO_OVERLAP:
         raise _too_small(template, shape, lost)
@@ -304,7 +305,7 @@ def _columns(source: Path, header: list[str]) -> dict[str, int]:
     return {name: place for place, name in enumerate(header)}
 
 
-def _too_small(template: Volume, shape: tuple[int, ...], lost: float) -> UsageError:
+def _too_small(template: Image, shape: tuple[int, ...], lost: float) -> UsageError:
     """That ``shape`` is too small for the template, with one that holds it."""
     fits = _fitting(template)
     return UsageError(
@@ -316,9 +317,9 @@ def _too_small(template: Volume, shape: tuple[int, ...], lost: float) -> UsageEr
     )
 
 
-def _fitting(template: Volume) -> tuple[int, int, int] | None:
+def _fitting(template: Image) -> tuple[int, int, int] | None:
     """The smallest shape in steps of 16 that holds a template's brain; None beyond 512."""
-    points = template.affine[:3, :3] @ np.nonzero(template.data > 0)
+    points = template.affine[:3, :3] @ (template.voxels[0, 0] > 0).nonzero().t().numpy()
     # Specks far from the head do not count.
     low, high = np.quantile(points, [CUT_OFF / 10, 1 - CUT_OFF / 10], axis=1)
     sizes = (np.ceil((high - low + 1) / 16) * 16).astype(int)
@@ -386,7 +387,7 @@ def _run_all(
 
 def prepare_scan(job: _Job) -> dict[str, Any]:
     """Align, resample once, normalise and write one scan; returns its entry of the manifest."""
-    redirect_itk(sitk)
+    threads_of_its_own()
     with libraries_redirected(), collecting(), collected() as warnings, about(str(job.scan.image)):
         entry = _prepare_scan(job)
     return {**entry, "warnings": warnings}
@@ -403,24 +404,33 @@ def _prepare_scan(job: _Job) -> dict[str, Any]:
     inputs = [scan.image, job.template, *([scan.labels] if scan.labels else [])]
     suffixes = {paths["affine"]: (".txt",)}
     with Outputs(paths.values(), overwrite=job.overwrite, inputs=inputs, suffixes=suffixes) as out:
-        template = with_background(read_volume(job.template))
-        moving = with_background(read_volume(scan.image))
+        target = read_volume(job.template)
+        template = with_background(image_of(target))
+        volume = read_volume(scan.image)
+        moving = with_background(image_of(volume))
         labels = read_volume(scan.labels, kind="labels") if scan.labels else None
         if labels is not None:
-            check_labels(labels, moving)
+            check_labels(labels, replace(volume, data=as_array(moving.voxels)))
         matrix = register_affine(moving, template, job.affine)
-        warn_implausible_affine(matrix, moving.name, template.name)
         lost = cut_off(moving, grid, np.asarray(np.linalg.inv(matrix)))
         warn_cut_off(lost, moving.name, grid)
-        on_grid = Volume(np.zeros(0), grid.affine, template.header, template.name)
+        on_grid = Volume(np.zeros(0), grid.affine, target.header, target.name)
         data = network_input(moving, grid, matrix, NORMALISATION)
         expected = network_input(template, grid, None, NORMALISATION)
         brain = expected > 0
         alike = correlation(expected[brain], data[brain])
-        warn_unlike(alike, None, moving.name, template.name)
-        save_image(image_on_grid(data, on_grid, grid.affine), out.temporary(paths["image"]))
+        reasons = (
+            affine_reason(matrix, moving.name, template.name),
+            unlike_reason(alike, None, moving.name, template.name),
+        )
+        tell([reason for reason in reasons if reason])
+        save_image(
+            image_on_grid(data[0, 0].numpy(), on_grid, grid.affine), out.temporary(paths["image"])
+        )
         if labels is not None:
-            carried = _unsigned(resample(labels, grid, matrix, "nearest"), labels.name)
+            carried = _unsigned(
+                resample(labels_of(labels), grid, matrix, "nearest")[0, 0].numpy(), labels.name
+            )
             refuse_empty(carried, labels.name)
             image = image_on_grid(carried, on_grid, grid.affine)
             save_image(image, out.temporary(paths["labels"]))

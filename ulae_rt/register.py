@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ulae_rt.allocator import keep_freed_memory
+from ulae_rt.clock import Clock
 from ulae_rt.env import let_torch_threads_sleep
 from ulae_rt.errors import UsageError
 from ulae_rt.imaging.grid import grid_of
+from ulae_rt.imaging.scan import as_volume
 from ulae_rt.imaging.warpfile import WARP_FORMATS, WarpFormat, check_one_grid
 from ulae_rt.options import NetworkOptions
-from ulae_rt.registrar import Clock, as_volume
-from ulae_rt.result import SIMILARITY, output_files
+from ulae_rt.registration.outputs import output_files
+from ulae_rt.reports import SIMILARITY
 
 if TYPE_CHECKING:
     from ulae_rt.cli import Report
@@ -110,6 +112,7 @@ def run(arguments: argparse.Namespace, report: "Report") -> dict[str, Any]:
     stats.seconds = taken
     report(f"network     {registrar.network.description}")
     report(f"similarity  {before:.4f} before, {after:.4f} after ({SIMILARITY})")
+    report(f"verdict     {stats.verdict}; the brains overlap by {stats.overlap:.3f} (Dice)")
     if stats.refinement is not None:
         how = stats.refinement
         report(

@@ -1,6 +1,12 @@
 """What one layer tells another of its work: records that need no library."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+# What a registration's similarity is, for people.
+SIMILARITY = "Pearson correlation inside the fixed brain"
+# What it is worth; see `ulae_rt.registration.verdict`.
+VerdictName = Literal["good", "doubtful", "failed"]
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ulae_rt.imaging.affine import AffineMode
+    from ulae_rt.conventions import AffineMode
 
 NAME = "files"
-NEEDED = ("nibabel", "SimpleITK", "safetensors", "scipy")
+NEEDED = ("nibabel", "safetensors", "scipy")
 SAMPLES = ROOT / "samples"
 MOVING, FIXED = SAMPLES / "colin27_brain.nii.gz", SAMPLES / "mni152_2009a_brain.nii.gz"
 # Of a small run's scans, along every axis: one voxel of so many.
@@ -491,7 +491,9 @@ class StandIn:
         normalisation = "p99.9"
 
     def __init__(self) -> None:
-        self._disp = displacement()[None]
+        import torch
+
+        self._disp = torch.from_numpy(displacement())[None]
 
     def displacement(self, moving: Any, fixed: Any) -> Any:
         """Always the same."""
@@ -547,7 +549,7 @@ def plain(moving: Path, fixed: Path, folder: Path, count: int) -> Callable[[], N
 
 def one_by_one(moving: Path, fixed: Path, folder: Path, count: int) -> Callable[[], None]:
     """As a loop over `Registrar` does it."""
-    from ulae_rt.registrar import Registrar
+    from ulae_rt.registration import Registrar
 
     def run() -> None:
         registrar = Registrar(StandIn(), affine="none")
@@ -560,19 +562,16 @@ def one_by_one(moving: Path, fixed: Path, folder: Path, count: int) -> Callable[
 
 def batch(moving: Path, fixed: Path, folder: Path, count: int) -> Callable[[], None]:
     """As ``ulae-rt batch`` does it."""
-    import SimpleITK as sitk
-
     from ulae_rt.allocator import keep_freed_memory
     from ulae_rt.batching.pairs import Pair
     from ulae_rt.batching.pipeline import Pipeline, Wanted, processors
     from ulae_rt.batching.results import ResultsFolder
-    from ulae_rt.registrar import Registrar
+    from ulae_rt.registration import Registrar
 
     pairs = [Pair(*each) for each in linked(moving, fixed, folder, count)]
 
     def run() -> None:
         keep_freed_memory()
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
         registrar = Registrar(StandIn(), affine="none")
         with ResultsFolder(folder, None, {}) as results:
             results.begin(pairs, resume=False)

@@ -1,8 +1,10 @@
-"""Networks whose displacement is known: no torch, no weights."""
+"""Networks whose displacement is known: no weights."""
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclass
@@ -13,7 +15,10 @@ class FakeMetadata:
 
 
 class FakeNetwork:
-    """Shifts by ``shift`` voxels of its grid, or raises or returns what it is told to."""
+    """Shifts by ``shift`` voxels of its grid, or raises or returns what it is told to.
+
+    ``answer`` is an error, or an array (3, D, H, W).
+    """
 
     description = "fake"
     device = "cpu"
@@ -28,17 +33,17 @@ class FakeNetwork:
         self.answer = answer
         self.seen: tuple[np.ndarray, np.ndarray] | None = None
 
-    def displacement(self, moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    def displacement(self, moving: Tensor, fixed: Tensor) -> Tensor:
         pairs = zip(moving[:, 0], fixed[:, 0], strict=True)
-        return np.stack([self._displacement(*pair) for pair in pairs])
+        return torch.stack([self._displacement(*pair) for pair in pairs])
 
-    def _displacement(self, moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-        assert moving.shape == fixed.shape == self.metadata.shape
-        assert moving.dtype == fixed.dtype == np.float32
-        self.seen = moving, fixed
+    def _displacement(self, moving: Tensor, fixed: Tensor) -> Tensor:
+        assert tuple(moving.shape) == tuple(fixed.shape) == self.metadata.shape
+        assert moving.dtype == fixed.dtype == torch.float32
+        self.seen = moving.numpy(), fixed.numpy()
         if isinstance(self.answer, BaseException):
             raise self.answer
         if self.answer is not None:
-            return self.answer
-        shift = np.array(self.shift, np.float32)[:, None, None, None]
-        return np.ascontiguousarray(np.broadcast_to(shift, (3, *moving.shape)))
+            return torch.from_numpy(self.answer)
+        shift = torch.tensor(self.shift, dtype=torch.float32)[:, None, None, None]
+        return shift.expand(3, *moving.shape).contiguous()

@@ -11,12 +11,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from _support.arrays import assert_arrays_close
 from _support.brains import GEOMETRIES, brain_at, centre_of, grid_affine, save_brain, world
 from _support.tolerances import TOL
 from ulae_rt.baselines import packages
-from ulae_rt.baselines.method import BASELINES, Baseline, BaselineOptions
+from ulae_rt.baselines.method import Baseline
+from ulae_rt.baselines.options import BASELINES, BaselineOptions
 from ulae_rt.baselines.packages import Job
 from ulae_rt.baselines.process import PackageProcess
 from ulae_rt.batching.pairs import Pair
@@ -24,10 +26,12 @@ from ulae_rt.batching.pipeline import Pipeline, Wanted
 from ulae_rt.batching.results import ResultsFolder, read_results
 from ulae_rt.cli import run_command
 from ulae_rt.errors import BackendUnavailable, BaselineError, PairsError, UsageError
-from ulae_rt.imaging.grid import Grid, from_sitk, resample
+from ulae_rt.imaging.grid import Grid
+from ulae_rt.imaging.image import as_array, file_order, image_of, resample
+from ulae_rt.imaging.itk import from_sitk
 from ulae_rt.imaging.nifti import read_volume, volume_from_array
 from ulae_rt.imaging.transform import Deformation, warp_image
-from ulae_rt.registrar import finish
+from ulae_rt.registration.registrar import finish
 
 # Coarse, so that SyN takes a second; no axis where another would be.
 FIXED = {
@@ -55,8 +59,10 @@ def ours(job: Job, u_mm: np.ndarray) -> np.ndarray:
     """Moved as every method's is."""
     grid = Grid(job.fixed.shape, job.fixed_grid)
     disp = np.tensordot(np.linalg.inv(grid.affine[:3, :3]), u_mm, (1, 3)).astype(np.float32)
-    moving = volume_from_array(job.moving, job.moving_grid, name="moving")
-    return warp_image(moving, Deformation(disp, grid, job.affine).sample(grid), grid)
+    moving = image_of(volume_from_array(job.moving, job.moving_grid, name="moving"))
+    deformation = Deformation(torch.from_numpy(disp)[None], grid, job.affine)
+    to = file_order(grid)
+    return as_array(warp_image(moving, deformation.sample(to), to))
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -196,7 +202,7 @@ def test_affine_only_is_the_affine(scans):
     pair = baseline.prepare(scans / "moving.nii.gz", baseline.target(scans / "fixed.nii.gz"))
     result = finish(pair, baseline.deform([pair])[0])
     moving, fixed = read_volume(scans / "moving.nii.gz"), read_volume(scans / "fixed.nii.gz")
-    expected = resample(moving, Grid(fixed.shape, fixed.affine), pair.affine)
+    expected = as_array(resample(image_of(moving), image_of(fixed).grid, pair.affine))
     assert not np.array_equal(pair.affine, np.eye(4))
     assert_arrays_close(
         "moved", result.moved.get_fdata(), expected, TOL["image in our own two ways"]

@@ -16,7 +16,9 @@ from _support.networks import FakeNetwork
 from ulae_rt import options
 from ulae_rt.batching.results import read_results
 from ulae_rt.cli import main
-from ulae_rt.registrar import Registrar
+from ulae_rt.registration.registrar import Registrar
+
+pytestmark = pytest.mark.usefixtures("upright")
 
 BAD = ("gone", "cut")
 
@@ -42,7 +44,8 @@ RUN = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from _support.networks import FakeNetwork
-from ulae_rt import cli, registrar
+from ulae_rt import cli
+from ulae_rt.registration import registrar
 
 class Slow(FakeNetwork):
     def displacement(self, moving, fixed):
@@ -50,6 +53,7 @@ class Slow(FakeNetwork):
         return super().displacement(moving, fixed)
 
 registrar.load_network = lambda *_, **__: Slow(shift=(0.5, -0.25, 0.75))
+registrar.pose_of = lambda _: None
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -274,8 +278,8 @@ def test_refined_pairs_say_what_it_took(listed, network, tmp_path, capsys):
 
 @pytest.mark.follows("; then go on with --resume")
 def test_a_disk_that_fills_up_stops_cleanly(listed, network, tmp_path, capsys, monkeypatch):
-    from ulae_rt import result
     from ulae_rt.errors import DiskFull
+    from ulae_rt.registration import result
 
     save, calls = result.save_image, []
 
@@ -304,8 +308,9 @@ import resource, sys
 sys.path.insert(0, {tests!r})
 import numpy as np
 from _support.networks import FakeNetwork
-from ulae_rt.registrar import Registrar
-registrar = Registrar(FakeNetwork(), affine="none")
+from ulae_rt.registration import registrar as module
+module.pose_of = lambda _: None
+registrar = module.Registrar(FakeNetwork(), affine="none")
 image = np.zeros((60, 70, 60), np.float32)
 image[5:-5, 5:-5, 5:-5] = np.random.default_rng(0).random((50, 60, 50)) + 1
 def peak(calls):

@@ -31,7 +31,9 @@ from ulae_rt.cli import run_command
 from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
 from ulae_rt.manifest import EngineMetadata
 from ulae_rt.options import NetworkOptions
-from ulae_rt.registrar import Registrar
+from ulae_rt.registration.registrar import Registrar
+
+pytestmark = pytest.mark.usefixtures("upright")
 
 BIG, SMALL = {"CPU": 16.0, "memory": 1e9}, {"CPU": 6.0}
 GPUS = {"CPU": 32.0, "GPU": 4.0}

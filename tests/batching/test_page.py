@@ -24,9 +24,10 @@ from ulae_rt.batching.page import GROUP, LISTED, SHOWN, write_page
 from ulae_rt.batching.ranking import ENOUGH, rank
 from ulae_rt.batching.results import ResultsFolder, Row
 from ulae_rt.errors import OutputError
-from ulae_rt.imaging.grid import grid_of
+from ulae_rt.imaging.image import image_of
 from ulae_rt.imaging.qc import qc_jpeg
-from ulae_rt.registrar import Registrar, finish
+from ulae_rt.imaging.transform import as_displacement
+from ulae_rt.registration.registrar import Registrar, finish
 
 VOID = {"meta", "img", "input", "br"}
 ODD = "<script>alert('1')</script> & \"x\" onload='y' {{ 7 * 7 }} \ud83e\udde0 \udcff"
@@ -327,7 +328,10 @@ def registered(tmp_path_factory):
     save_brain(path / "moving.nii.gz", *GEOMETRIES["LIA"], pull=np.linalg.inv(affine))
     save_brain(path / "fixed.nii.gz", *GEOMETRIES["oblique"])
     registrar = Registrar(FakeNetwork(shift=(2.0, -1.0, 0.5)), affine="none")
-    pair = registrar.prepare(path / "moving.nii.gz", path / "fixed.nii.gz")
+    with pytest.MonkeyPatch.context() as patch:
+        # Blobs have no pose, and the shift is along R, A and S.
+        patch.setattr("ulae_rt.registration.registrar.pose_of", lambda _: None)
+        pair = registrar.prepare(path / "moving.nii.gz", path / "fixed.nii.gz")
     pair = replace(pair, affine=affine)
     result = finish(pair, registrar.deform([pair])[0])
     (path / "pairs" / "p").mkdir(parents=True)
@@ -350,7 +354,7 @@ def test_pictures_are_made_from_the_files(registered):
         fixed=result.fixed.data,
         before=result.before,
         after=np.asarray(result.moved.dataobj),
-        disp=result.deformation.network_part(grid_of(result.fixed)),
+        disp=as_displacement(result.deformation.network_part(image_of(result.fixed).grid)),
         jacobian=result.jacobian,
         affine=result.fixed.affine,
         caption="p",
@@ -415,7 +419,7 @@ def test_a_page_that_cannot_be_written_is_the_callers_error(tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OutputError, match="the disk is full"):
-        write_page(ResultsFolder(tmp_path, None, {}), [done()], summary([done()]))
+        write_page(ResultsFolder(tmp_path, None, {}), [done()], summary([done()]), 0)
     assert not [*tmp_path.iterdir()]
 
 

@@ -10,12 +10,13 @@ import pytest
 
 from _support.brains import GEOMETRIES, save_brain
 from _support.networks import FakeNetwork
-from ulae_rt.batching import pipeline as pipeline_module
 from ulae_rt.batching.pairs import Pair
 from ulae_rt.batching.pipeline import NETWORK_FAILURES, Pipeline, Wanted, grouped
 from ulae_rt.batching.results import ResultsFolder
 from ulae_rt.errors import DiskFull, EngineMismatch
-from ulae_rt.registrar import Registrar
+from ulae_rt.registration.registrar import Registrar
+
+pytestmark = pytest.mark.usefixtures("upright")
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ def test_a_fault_that_is_not_the_files_has_its_traceback(scans, tmp_path, monkey
     def fault(*_, **__):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(pipeline_module, "finish", fault)
+    monkeypatch.setattr("ulae_rt.registration.registrar.finish", fault)
     rows, _ = run(tmp_path, pairs_of(scans, 1))
     assert rows["p0"].error == "ZeroDivisionError: oh"
     assert "in fault" in rows["p0"].traceback
@@ -198,7 +199,7 @@ def test_a_fault_that_is_not_the_files_has_its_traceback(scans, tmp_path, monkey
 
 
 def test_a_full_disk_stops_the_run(scans, tmp_path, monkeypatch):
-    from ulae_rt import result
+    from ulae_rt.registration import result
 
     save, calls = result.save_image, []
 

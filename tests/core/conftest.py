@@ -6,7 +6,7 @@ import pytest
 
 from _support.brains import GEOMETRIES, save_brain
 from _support.networks import FakeNetwork
-from ulae_rt import registrar as registrar_module
+from ulae_rt.registration import registrar as registrar_module
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from ulae_rt.errors import ImageError
 from ulae_rt.imaging.chain import chain_displacement, read_transform
 from ulae_rt.imaging.grid import grid_of
 from ulae_rt.imaging.nifti import read_volume
-from ulae_rt.registrar import Registrar
+from ulae_rt.registration.registrar import Registrar
+
+pytestmark = pytest.mark.usefixtures("upright")
 
 ants = pytest.importorskip("ants", reason="antspyx has no wheel for this machine")
 

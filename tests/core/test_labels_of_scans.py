@@ -13,7 +13,9 @@ import pytest
 from _support.networks import FakeNetwork
 from ulae_rt.cli import main
 from ulae_rt.errors import GeometryError
-from ulae_rt.registrar import Registrar
+from ulae_rt.registration.registrar import Registrar
+
+pytestmark = pytest.mark.usefixtures("upright")
 
 
 @pytest.fixture

@@ -15,20 +15,38 @@ import SimpleITK as sitk
 import ulae_rt
 from _support.arrays import assert_arrays_close
 from _support.brains import GEOMETRIES, centre_of, grid_affine, save_brain
+from _support.engines import write_engine
 from _support.networks import FakeMetadata, FakeNetwork
 from _support.tolerances import TOL
-from ulae_rt import result as result_module
 from ulae_rt.cli import main
 from ulae_rt.errors import CheckpointError, EngineMismatch, GeometryError, UsageError
 from ulae_rt.imaging import nifti
-from ulae_rt.network import load_network
-from ulae_rt.registrar import Registrar
+from ulae_rt.registration import result as result_module
+from ulae_rt.registration.network import load_network
+from ulae_rt.registration.registrar import Registrar
+
+pytestmark = pytest.mark.usefixtures("upright")
 
 
 def register(pair, tmp_path, *flags, affine="none"):
     moving, fixed = (str(p) for p in pair)
     out = str(tmp_path / "moved.nii.gz")
     return main(["register", "-m", moving, "-f", fixed, "-o", out, "--affine", affine, *flags])
+
+
+NO_TORCH = (1, ["error: torch is not installed", "hint: pip install 'ulae-rt[torch]'"])
+
+
+def without_torch(folder, command, *line):
+    """Status and standard error of a command where torch is not installed."""
+    (folder / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+    program = "from ulae_rt.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, command, *map(str, line)],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    return done.returncode, done.stderr.splitlines()
 
 
 def names(folder):
@@ -45,7 +63,7 @@ from ulae_rt.errors import UsageError
 def opened(*_, **__):
     raise UsageError(f"{os.environ.get('OMP_WAIT_POLICY')}, torch: {'torch' in sys.modules}", "-")
 
-options.Registrar = opened
+options.NetworkOptions.open = opened
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -354,8 +372,10 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 from _support.networks import FakeNetwork
-from ulae_rt import cli, registrar, result
+from ulae_rt import cli
+from ulae_rt.registration import registrar, result
 registrar.load_network = lambda *_, **__: FakeNetwork()
+registrar.pose_of = lambda _: None
 {body}
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -392,29 +412,28 @@ def test_a_signal_while_writing_leaves_no_file(pair, tmp_path, stop):
     assert names(tmp_path) == before
 
 
-def test_registering_needs_no_torch(pair, tmp_path):
-    body = "import atexit; atexit.register(lambda: print('torch' in sys.modules))"
-    with process(body, pair, tmp_path) as running:
-        said, errors = running.communicate(timeout=60)
-    assert running.returncode == 0, errors.decode()
-    assert said.decode().splitlines()[-1] == "False"
-
-
-def test_without_torch_weights_are_refused_with_what_to_install(pair, tmp_path):
-    """The base installation has no torch; only engines run there."""
-    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
-    command = [
-        sys.executable, "-m", "ulae_rt.register", "-m", str(pair[0]), "-f", str(pair[1]),
-        "-o", str(tmp_path / "moved.nii.gz"),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        "error: torch is not installed",
-        "hint: pip install 'ulae-rt[torch]'",
-    ]
+@pytest.mark.parametrize("source", ["the shipped weights", "an engine"])
+def test_without_torch_the_command_says_what_to_install(pair, tmp_path, source):
+    """The base installation has no torch: engines run there, and no scan is registered."""
+    line = ["-m", str(pair[0]), "-f", str(pair[1]), "-o", str(tmp_path / "moved.nii.gz")]
+    if source == "an engine":
+        line += ["--engine", str(write_engine(tmp_path / "engine"))]
+    assert without_torch(tmp_path, "register", *line) == NO_TORCH
     assert not (tmp_path / "moved.nii.gz").exists()
+
+
+def test_without_torch_no_command_ends_with_a_traceback(pair, tmp_path):
+    (tmp_path / "pairs.csv").write_text(f"id,moving,fixed\na,{pair[0]},{pair[1]}\n")
+    out = tmp_path / "out"
+    listed, transform = tmp_path / "pairs.csv", tmp_path / "t.nii.gz"
+    for command, *line in (
+        ("batch", listed, "-o", out),
+        ("batch", listed, "-o", out, "--method", "affine"),
+        ("apply", "-i", pair[0], "-r", pair[1], "-t", transform, "-o", tmp_path / "o.nii.gz"),
+        ("evaluate", listed, "-o", out),
+        ("prepare", pair[0], "-o", out, "--template", pair[1]),
+    ):
+        assert without_torch(tmp_path, command, *line) == NO_TORCH, command
 
 
 def test_help_says_which_way_the_jacobian_points(capsys):
@@ -526,7 +545,7 @@ def test_a_network_that_overflows_runs_in_fp32(pair, tmp_path, capsys, monkeypat
     def opened(*_, precision, **__):
         return FakeNetwork(answer=nan if precision == "bf16" else None)
 
-    monkeypatch.setattr("ulae_rt.registrar.load_network", opened)
+    monkeypatch.setattr("ulae_rt.registration.registrar.load_network", opened)
     assert register(pair, tmp_path, "--precision", "bf16") == 1
     said = capsys.readouterr().err
     assert "the network returned NaN or Inf" in said

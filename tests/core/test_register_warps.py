@@ -13,7 +13,9 @@ from _support.networks import FakeNetwork
 from _support.tolerances import TOL
 from ulae_rt.cli import main
 from ulae_rt.imaging.warpfile import read_warp
-from ulae_rt.registrar import Registrar
+from ulae_rt.registration.registrar import Registrar
+
+pytestmark = pytest.mark.usefixtures("upright")
 
 # Those of the fixture `pair`.
 FIXED, MOVING = GEOMETRIES["oblique"], GEOMETRIES["LIA"]

@@ -11,15 +11,17 @@ from _support.engines import write_engine
 from _support.nets import SHAPE, small_weights
 from _support.networks import FakeNetwork
 from _support.tolerances import TOL
-from ulae_rt import network as network_module
 from ulae_rt.cli import main
 from ulae_rt.engines import Engine, load_engine
 from ulae_rt.errors import BackendUnavailable, DtypeError, EngineMismatch, ShapeError, UsageError
 from ulae_rt.kernels import warp
 from ulae_rt.manifest import EngineMetadata
 from ulae_rt.model import load_model
-from ulae_rt.network import TorchBackend, load_network
-from ulae_rt.registrar import Registrar, unmirrored
+from ulae_rt.registration import network as network_module
+from ulae_rt.registration.network import TorchBackend, load_network
+from ulae_rt.registration.registrar import Registrar, unmirrored
+
+pytestmark = pytest.mark.usefixtures("upright")
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +152,8 @@ def test_a_refinement_begins_with_the_mean_of_the_pair_and_its_mirror_image(tmp_
 
         def _displacement(self, moving, fixed):
             seen.append((moving, fixed))
-            up = np.linspace(0, 1, len(moving), dtype=np.float32)[:, None, None]
-            return np.stack([2 * moving + up, fixed - moving, moving * up])
+            up = torch.linspace(0, 1, len(moving))[:, None, None]
+            return torch.stack([2 * moving + up, fixed - moving, moving * up])
 
     network = Sided()
     alone, refined = (Registrar(network, affine="none", refine=n) for n in (0, 5))
@@ -160,11 +162,11 @@ def test_a_refinement_begins_with_the_mean_of_the_pair_and_its_mirror_image(tmp_
     straight, *both = seen
     for once, image, mirror in zip(straight, *both, strict=True):
         np.testing.assert_array_equal(image, once)
-        np.testing.assert_array_equal(mirror, once[::-1])
-    d, h, w = network._displacement(*both[1])[:, ::-1]
-    assert np.abs(plain.disp - mean.disp).max() > 0.1
+        np.testing.assert_array_equal(mirror, once.flip(0))
+    d, h, w = network._displacement(*both[1]).flip(1)
+    assert (plain.disp - mean.disp).abs().max() > 0.1
     # Halving is exact, and the sum is rounded once.
-    np.testing.assert_array_equal(mean.disp, (plain.disp + np.stack([-d, h, w])) / np.float32(2))
+    assert torch.equal(mean.disp, (plain.disp + torch.stack([-d, h, w])) / 2)
 
 
 def test_a_mirror_image_moves_as_its_pair_does(weights):
@@ -172,7 +174,7 @@ def test_a_mirror_image_moves_as_its_pair_does(weights):
     mirrored = [np.ascontiguousarray(image[:, :, ::-1]) for image in (moving, fixed)]
     network = load_network(weights, device="cpu")
     disp, moved = (getattr(network.run(*mirrored), name) for name in ("disp", "moved"))
-    found = warp(torch.from_numpy(moving), torch.from_numpy(unmirrored(disp)))
+    found = warp(torch.from_numpy(moving), unmirrored(torch.from_numpy(disp)))
     assert_arrays_close(
         "moved", found.numpy()[:, :, ::-1], moved, TOL["network float32, one by one"]
     )
@@ -246,7 +248,7 @@ def test_an_engine_of_another_grid_than_it_says(
     weights, exported, scan, tmp_path, capsys, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "displacement", lambda *_: np.zeros((1, 3, 4, 4, 4)))
+        patch.setattr(Engine, "displacement", lambda *_: torch.zeros(1, 3, 4, 4, 4))
         assert register(scan, tmp_path, "--engine", str(exported)) == 1
     said = capsys.readouterr().err
     assert "the network returned a displacement of (3, 4, 4, 4)" in said
@@ -271,7 +273,7 @@ def test_backends_and_what_they_run(weights, exported, scan, tmp_path, capsys):
     assert register(scan, tmp_path, *engine, "--backend", "onnxruntime", "--overwrite") == 0
 
 
-@pytest.mark.follows("give the file, or what ulae_rt.network.load_network makes of it")
+@pytest.mark.follows("give the file, or what ulae_rt.registration.network.load_network makes of it")
 def test_a_model_is_not_an_opened_network(weights):
     for wrong in (load_model(weights), 5, [], b"x"):
         with pytest.raises(UsageError, match="expected a path or an opened network"):

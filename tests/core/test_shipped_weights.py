@@ -10,7 +10,7 @@ import SimpleITK as sitk
 
 import ulae_rt
 from ulae_rt import cli
-from ulae_rt.imaging.grid import grid_of, resample
+from ulae_rt.imaging.image import as_array, labels_of, resample
 from ulae_rt.imaging.nifti import read_volume
 from ulae_rt.metrics import mean_dice
 from ulae_rt.model.checkpoint import DEFAULT_WEIGHTS
@@ -65,7 +65,8 @@ def test_two_people_never_trained_on(data_dir: Path) -> None:
     result = registrar(scans / "1101_t1.nii.gz", scans / "1104_t1.nii.gz", labels=labels["1101"])
     source, target = (read_volume(labels[n], kind="labels") for n in ("1101", "1104"))
     truth = target.data.astype(int)
-    by_affine = resample(source, grid_of(target), result.affine, "nearest").astype(int)
+    grid = labels_of(target).grid
+    by_affine = as_array(resample(labels_of(source), grid, result.affine, "nearest")).astype(int)
     assert result.moved_labels is not None
     moved = np.asarray(result.moved_labels.dataobj).astype(int)
     assert mean_dice(moved, truth) > mean_dice(by_affine, truth) + 0.1

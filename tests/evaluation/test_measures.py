@@ -24,8 +24,10 @@ from ulae_rt.evaluation.measures import (
     sd_log_jacobian,
 )
 from ulae_rt.evaluation.protocol import Protocol
+from ulae_rt.imaging.grid import Grid
+from ulae_rt.imaging.image import as_array, file_order
 from ulae_rt.imaging.nifti import read_volume
-from ulae_rt.imaging.transform import jacobian_determinant
+from ulae_rt.imaging.transform import in_mm, jacobian_determinant
 from ulae_rt.imaging.warpfile import Warp
 
 ZERO = Registration("zero", affine=np.eye(4))
@@ -279,7 +281,8 @@ def test_regularity_by_hand():
 def test_scaling_alone_is_regular():
     affine = np.diag([1.0, 2, 3, 1])
     disp = (world((6, 7, 8), affine) * 0.25).astype(np.float32)
-    jacobian = jacobian_determinant(disp, affine)
+    grid = file_order(Grid((6, 7, 8), affine))
+    jacobian = as_array(jacobian_determinant(in_mm(disp), grid.affine))
     assert_arrays_close("jacobian", jacobian[3, 3, 3], 1.25**3, TOL["jacobian float32"])
     assert_arrays_close("SDlogJ", sd_log_jacobian(jacobian), 0, TOL["sdlogj float32"])
 

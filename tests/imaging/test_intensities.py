@@ -5,14 +5,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from _support.brains import GEOMETRIES, brain_at, centre_of, world
 from ulae_rt.errors import ImageError
-from ulae_rt.imaging.grid import intensity_scale, network_input, with_background, working_grid
+from ulae_rt.imaging.image import image_of
 from ulae_rt.imaging.nifti import volume_from_array
-from ulae_rt.imaging.similarity import correlation
+from ulae_rt.imaging.preprocess import (
+    intensity_scale,
+    network_input,
+    with_background,
+    working_grid,
+)
+from ulae_rt.imaging.similarity import correlation as correlation_of_tensors
 
 SHAPE, AFFINE = GEOMETRIES["LAS"]
 
@@ -23,9 +30,13 @@ def head(name="scan"):
 
 
 def seen_by_network(volume, normalisation="p99.9"):
-    cleaned = with_background(volume)
+    cleaned = with_background(image_of(volume))
     grid, _ = working_grid(cleaned, (64, 80, 64))
-    return network_input(cleaned, grid, None, normalisation)
+    return network_input(cleaned, grid, None, normalisation).numpy()
+
+
+def correlation(x, y):
+    return correlation_of_tensors(torch.from_numpy(x), torch.from_numpy(y))
 
 
 def changed(volume, change):
@@ -83,7 +94,7 @@ def test_a_constant_that_was_added_is_found_and_taken_away(clean, caplog):
 
 def test_an_image_without_background_is_told(caplog):
     noise = np.random.default_rng(0).uniform(10, 20, SHAPE).astype(np.float32)
-    with_background(volume_from_array(noise, AFFINE, name="noise"))
+    with_background(image_of(volume_from_array(noise, AFFINE, name="noise")))
     assert "noise has no background" in caplog.text
 
 
@@ -104,8 +115,9 @@ def test_rounding_below_zero_becomes_zero_without_a_word(clean, caplog):
 
 def test_the_paper_s_maximum_is_kept_unless_it_is_no_brain(caplog):
     volume = head()
-    assert intensity_scale(with_background(volume), "max") == volume.data.max()
-    spoilt = with_background(changed(volume, lambda x: with_one_voxel(x, 100 * x.max())))
+    assert intensity_scale(with_background(image_of(volume)), "max") == volume.data.max()
+    spoilt = changed(volume, lambda x: with_one_voxel(x, 100 * x.max()))
+    spoilt = with_background(image_of(spoilt))
     assert "single voxels are up to" in caplog.text
     assert intensity_scale(spoilt, "max") < 3 * volume.data.max()
 
@@ -129,7 +141,7 @@ def test_outliers_change_little_or_are_told(share, times, seed, negative, normal
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("ulae_rt.imaging.grid")
+    log = logging.getLogger("ulae_rt.imaging.preprocess")
     log.addHandler(handler)
     try:
         image = seen_by_network(replace(volume, data=data), normalisation)

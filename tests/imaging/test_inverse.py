@@ -5,6 +5,7 @@ import logging
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from scipy.ndimage import map_coordinates
 from scipy.optimize import brentq
 
@@ -27,17 +28,18 @@ def grid_about(centre, shape=(40, 44, 36), spacing=2.0):
 
 
 def waves(shape, amplitude):
-    """(3, D, H, W) voxels; its derivatives reach 0.42 of ``amplitude``."""
+    """(1, 3, D, H, W) voxels; its derivatives reach 0.42 of ``amplitude``."""
     d, h, w = np.meshgrid(*(np.arange(n) / 5 for n in shape), indexing="ij")
     parts = np.sin(d) * np.cos(h), 0.7 * np.cos(h + 1) * np.sin(w), np.sin(d + 2) * np.cos(1.5 * w)
-    return (amplitude * np.stack(parts)).astype(np.float32)
+    return torch.from_numpy((amplitude * np.stack(parts)).astype(np.float32))[None]
 
 
 def forward(deformation, points):
     """T at any points (..., 3), by the formula of `Deformation` and scipy."""
     grid = deformation.grid
     index = np.moveaxis(nib.affines.apply_affine(np.linalg.inv(grid.affine), points), -1, 0)
-    u = [map_coordinates(c, index, order=1, mode="nearest") for c in deformation.disp.astype(float)]
+    disp = deformation.disp[0].double().numpy()
+    u = [map_coordinates(c, index, order=1, mode="nearest") for c in disp]
     return nib.affines.apply_affine(
         deformation.affine, points + np.stack(u, -1) @ grid.affine[:3, :3].T
     )
@@ -47,9 +49,7 @@ def forward(deformation, points):
 def test_the_inverse_of_an_affine_is_exact(name):
     shape, affine = GEOMETRIES[name]
     grid = Grid((3, 4, 5), np.eye(4))
-    inverse = invert(
-        Deformation(np.zeros((3, 3, 4, 5), np.float32), grid, TURN), Grid(shape, affine)
-    )
+    inverse = invert(Deformation(torch.zeros(1, 3, 3, 4, 5), grid, TURN), Grid(shape, affine))
     points = world(shape, affine)
     assert inverse.dtype == np.float32
     expected = nib.affines.apply_affine(np.linalg.inv(TURN), points) - points
@@ -83,8 +83,8 @@ def test_where_the_inverse_leads_the_warp_leads_back(name, amplitude):
 def test_one_axis_against_a_root_finder():
     x = np.arange(30.0)
     u = 1.8 * np.sin(x / 3)
-    disp = np.zeros((3, 30, 4, 4), np.float32)
-    disp[0] = u[:, None, None]
+    disp = torch.zeros(1, 3, 30, 4, 4)
+    disp[0, 0] = torch.from_numpy(u)[:, None, None]
     grid = Grid((30, 4, 4), np.eye(4))
     found = invert(Deformation(disp, grid, np.eye(4)), grid)[:, 2, 2, 0]
     roots = [brentq(lambda s, z=z: s + np.interp(s, x, u) - z, -5, 35) for z in x]
@@ -95,10 +95,11 @@ def test_a_fold_crashes_nothing_and_is_told_apart(caplog):
     """Where the warp folds, the error says it; elsewhere the inverse is as good as ever."""
     grid = Grid((40, 36, 32), np.eye(4))
     disp = waves(grid.shape, 0.5)
-    disp[0, 18:22, 14:20, 14:20] += np.float32([4, 4, -4, -4])[:, None, None]
+    disp[0, 0, 18:22, 14:20, 14:20] += torch.tensor([4, 4, -4, -4])[:, None, None]
     deformation = Deformation(disp, grid, np.eye(4))
-    total = deformation.sample(grid)
-    assert (jacobian_determinant(total, grid.affine) < 0).any()
+    sampled = deformation.sample(grid)
+    assert (jacobian_determinant(sampled, grid.affine) < 0).any()
+    total = sampled[0].permute(1, 2, 3, 0).numpy()  # the grid is taken for a NIfTI array's
     with caplog.at_level(logging.WARNING):
         inverse = invert(deformation, grid)
     assert not caplog.text

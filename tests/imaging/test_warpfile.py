@@ -11,8 +11,9 @@ from _support.tolerances import TOL
 from ulae_rt.errors import GeometryError, ImageError, OutputError, UlaeError, UsageError
 from ulae_rt.imaging import warpfile
 from ulae_rt.imaging.grid import Grid, grid_of
+from ulae_rt.imaging.image import as_array, file_order, image_of, labels_of
 from ulae_rt.imaging.nifti import read_volume, volume_from_array
-from ulae_rt.imaging.transform import warp_image
+from ulae_rt.imaging.transform import in_mm, warp_image
 from ulae_rt.imaging.warpfile import WARP_FORMATS, Warp, read_warp, stated_format
 
 FILES = [*((fmt, "w.nii.gz") for fmt in WARP_FORMATS), ("l2r", "w.npz")]
@@ -92,7 +93,7 @@ def test_learn2reg_applying_our_file_gives_our_image(tmp_path, name):
     identity = np.meshgrid(np.arange(D), np.arange(H), np.arange(W), indexing="ij")
     at = identity + field.transpose(3, 0, 1, 2)
     seen = map_coordinates(moving.data.astype(float), at, order=1)
-    ours = warp_image(moving, disp, grid)
+    ours = as_array(warp_image(image_of(moving), in_mm(disp), file_order(grid)))
     # Beyond the outermost voxel's centre scipy fades to 0, ITK half a voxel further on.
     inside = ((at >= 0) & (at <= np.array(moving.shape)[:, None, None, None] - 1)).all(0)
     assert_arrays_close("scipy", ours[inside], seen[inside], TOL["image by others"])
@@ -100,7 +101,8 @@ def test_learn2reg_applying_our_file_gives_our_image(tmp_path, name):
     labels = np.digitize(moving.data, [1, 60, 90, 120, 160]).astype(np.uint8)
     seen = map_coordinates(labels, at, order=0)
     label_map = volume_from_array(labels, moving.affine, name="labels", kind="labels")
-    ours = warp_image(label_map, disp, grid, "nearest")
+    carried = warp_image(labels_of(label_map), in_mm(disp), file_order(grid), "nearest")
+    ours = as_array(carried)
     assert_labels_agree("scipy", ours[inside], seen[inside], TOL["label ties"])
 
 

@@ -2,26 +2,30 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
+import torch
 
+from ulae_rt.baselines.options import BASELINES, BaselineName
 from ulae_rt.baselines.packages import GREEDY, Job
 from ulae_rt.baselines.process import PackageProcess
+from ulae_rt.clock import Clock
+from ulae_rt.conventions import AffineMode
 from ulae_rt.errors import UsageError
-from ulae_rt.imaging.affine import AffineMode, register_affine
-from ulae_rt.imaging.grid import grid_of, with_background
-from ulae_rt.imaging.labelmap import check_labels
-from ulae_rt.imaging.plausible import warn_implausible_affine
-from ulae_rt.imaging.transform import Deformation, Displacement
+from ulae_rt.imaging.affine import register_affine
+from ulae_rt.imaging.grid import Displacement
+from ulae_rt.imaging.scan import Scan, as_volume
+from ulae_rt.imaging.transform import Deformation, in_mm
 from ulae_rt.messages import about
 from ulae_rt.optional import require
-from ulae_rt.registrar import Clock, Prepared, Scan, Target, as_volume, warn_same
-
-BaselineName = Literal["affine", "syn", "greedy"]
-BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)
+from ulae_rt.registration.registrar import (
+    Prepared,
+    Target,
+    brain_scan,
+    moving_scan,
+)
 
 # Name -> (module, distribution, what it is called with).
 PACKAGES = {
@@ -33,32 +37,6 @@ PACKAGES = {
     ),
     "greedy": ("picsl_greedy", "picsl_greedy", GREEDY),
 }
-
-
-@dataclass(frozen=True)
-class BaselineOptions:
-    """What a `Baseline` is opened with; can be sent to another process.
-
-    Attributes:
-        name: of `BASELINES`.
-        affine: see `ulae_rt.imaging.affine.register_affine`.
-    """
-
-    name: BaselineName
-    affine: AffineMode = "affine"
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether it can use a GPU."""
-        return False
-
-    def open(self) -> "Baseline":
-        """Check that its package is there.
-
-        Raises:
-            BackendUnavailable: it is not.
-        """
-        return Baseline(self.name, self.affine)
 
 
 class Baseline:
@@ -104,7 +82,7 @@ class Baseline:
     def target(self, fixed: Scan) -> Target:
         """Read a fixed scan, for any number of moving ones."""
         volume = as_volume(fixed, "fixed")
-        return Target(volume, with_background(volume))
+        return Target(brain_scan(volume, "cpu"))
 
     def prepare(self, moving: Scan, fixed: Target, *, labels: Scan | None = None) -> Prepared:
         """Read a pair and align it affinely."""
@@ -112,15 +90,11 @@ class Baseline:
         with clock("read"):
             volume = as_volume(moving, "moving")
             label_volume = None if labels is None else as_volume(labels, "labels", "labels")
-        with clock("preprocess"):
-            warn_same(volume, fixed.volume)
-            cleaned = with_background(volume)
-            if label_volume is not None:
-                check_labels(label_volume, cleaned)
+        with clock("preprocess"), about(volume.name):
+            scan = moving_scan(volume, fixed, label_volume)
         with clock("affine"), about(volume.name):
-            affine = register_affine(cleaned, fixed.cleaned, self.affine)
-            warn_implausible_affine(affine, volume.name, fixed.volume.name)
-        return Prepared(volume, fixed, label_volume, affine, clock.seconds)
+            affine = register_affine(scan.cleaned, fixed.scan.cleaned, self.affine)
+        return Prepared(scan, fixed, label_volume, affine, clock.seconds)
 
     def deform(self, pairs: Sequence[Prepared]) -> list[Deformation]:
         """Find the deformation of each, one after the other.
@@ -131,10 +105,10 @@ class Baseline:
         return [self._deform(pair) for pair in pairs]
 
     def _deform(self, pair: Prepared) -> Deformation:
-        grid = grid_of(pair.target.volume)
+        moving, fixed = pair.moving.cleaned_volume, pair.target.scan.cleaned_volume
+        grid = pair.target.scan.image.grid
         if self._process is None:
-            return Deformation(np.zeros((3, *grid.shape), np.float32), grid, pair.affine)
-        moving, fixed = with_background(pair.moving), pair.target.cleaned
+            return Deformation(torch.zeros(1, 3, *grid.shape), grid, pair.affine)
         u_mm: Displacement = self._process.run(
             Job(
                 np.asarray(moving.data, np.float32),
@@ -144,6 +118,6 @@ class Baseline:
                 pair.affine,
             )
         )
-        to_voxels = np.linalg.inv(grid.affine[:3, :3]).astype(np.float32)
-        disp = np.tensordot(to_voxels, u_mm, (1, 3))
-        return Deformation(np.ascontiguousarray(disp), grid, pair.affine)
+        to_voxels = torch.from_numpy(np.linalg.inv(grid.affine[:3, :3]).astype(np.float32))
+        disp = torch.einsum("ij,bjdhw->bidhw", to_voxels, in_mm(u_mm))
+        return Deformation(disp, grid, pair.affine)

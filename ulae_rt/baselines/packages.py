@@ -9,8 +9,8 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from ulae_rt.imaging.grid import LPS, Affine, affine_to_sitk, from_sitk, to_sitk
-from ulae_rt.imaging.transform import LPS_SIGNS, Displacement
+from ulae_rt.imaging.grid import LPS, LPS_SIGNS, Affine, Displacement
+from ulae_rt.imaging.itk import affine_to_sitk, from_sitk, to_sitk
 from ulae_rt.imaging.warpfile import read_warp
 from ulae_rt.optional import require
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 from ulae_rt.baselines.packages import Job, greedy, syn
 from ulae_rt.env import with_itk_threads
 from ulae_rt.errors import BaselineError
-from ulae_rt.imaging.transform import Displacement
+from ulae_rt.imaging.grid import Displacement
 
 LOG = "log.txt"
 # Of what a package said, the end says why it failed.

@@ -13,9 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
-
-import SimpleITK as sitk
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ulae_rt.allocator import keep_freed_memory
 from ulae_rt.batching.pairs import Pair
@@ -23,9 +21,10 @@ from ulae_rt.batching.pipeline import Pipeline, Wanted, processors
 from ulae_rt.batching.results import ResultsFolder, Row
 from ulae_rt.env import let_torch_threads_sleep, silence_ray_usage_report
 from ulae_rt.errors import BackendUnavailable, UlaeError, UsageError
-from ulae_rt.messages import redirect_itk
 from ulae_rt.optional import require
-from ulae_rt.registrar import Method
+
+if TYPE_CHECKING:
+    from ulae_rt.registration.registrar import Method
 
 # Starts a Ray on this machine, for this run.
 LOCAL = "local"
@@ -59,7 +58,7 @@ class Opener(Protocol):
     def on_gpu(self) -> bool:
         """Whether it uses a GPU where there is one."""
 
-    def open(self) -> Method[Any, Any]:
+    def open(self) -> "Method":
         """Open it."""
 
 
@@ -319,8 +318,6 @@ class _Worker:
     ) -> None:
         keep_freed_memory()
         let_torch_threads_sleep()
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # as `ulae_rt.batch` has it
-        redirect_itk(sitk)
         method = opener.open()
         self._folder = folder.of_worker(f"{socket.gethostname()}-{os.getpid()}")
         self._stop = _FileEvent(folder.stop_file)

@@ -20,15 +20,12 @@ from ulae_rt.batching.ranking import ENOUGH, LIMIT, MEASURES, Ranked, known, ran
 from ulae_rt.batching.results import ResultsFolder, Row
 from ulae_rt.batching.summary import spread_of
 from ulae_rt.errors import GeometryError, UlaeError
-from ulae_rt.imaging.grid import gap_mm, grid_of, resample
+from ulae_rt.imaging.grid import gap_mm, grid_of
 from ulae_rt.imaging.nifti import Outputs, output_error, read_volume
 from ulae_rt.imaging.qc import qc_jpeg
-from ulae_rt.imaging.transform import add_affine, jacobian_determinant, warp_image
 from ulae_rt.imaging.warpfile import read_warp
-from ulae_rt.result import SIMILARITY
+from ulae_rt.reports import SIMILARITY
 
-# Pairs whose pictures are shown.
-WORST = 12
 # Of a longer run the page lists those that need a look most: a browser sorts so many at once.
 LISTED = 10_000
 # So many of them stand in the table at first, all that there is without JavaScript.
@@ -40,7 +37,7 @@ MESSAGE, NOTE, TRACES = 400, 120, 5
 
 
 def write_page(
-    folder: ResultsFolder, rows: Sequence[Row], summary: Mapping[str, Any], worst: int = WORST
+    folder: ResultsFolder, rows: Sequence[Row], summary: Mapping[str, Any], worst: int
 ) -> Path:
     """Write the page about a batch: one HTML file that needs nothing else, least of all a network.
 
@@ -273,6 +270,16 @@ def _picture(folder: Path, row: Row) -> _Picture:
 
 
 def _drawn(folder: Path, row: Row, affine: np.ndarray[Any, np.dtype[np.float64]]) -> bytes:
+    # They load torch, for which a page without pictures does not wait.
+    from ulae_rt.imaging.image import as_array, file_order, image_of, resample
+    from ulae_rt.imaging.transform import (
+        add_affine,
+        as_displacement,
+        in_mm,
+        jacobian_determinant,
+        warp_image,
+    )
+
     fixed, moving = read_volume(row.pair.fixed), read_volume(row.pair.moving)
     warp = read_warp(folder / row.outputs["warp"], fixed=fixed)
     grid = grid_of(fixed)
@@ -281,12 +288,15 @@ def _drawn(folder: Path, row: Row, affine: np.ndarray[Any, np.dtype[np.float64]]
             f"{fixed.name} does not lie on the grid of the warp any more",
             "register the pair again, into another folder",
         )
+    grid = file_order(grid)
+    disp, image = in_mm(warp.disp), image_of(moving)
+    without_affine = add_affine(disp, grid, np.asarray(np.linalg.inv(affine)))
     return qc_jpeg(
         fixed=fixed.data,
-        before=resample(moving, grid, affine),
-        after=warp_image(moving, warp.disp, grid),
-        disp=add_affine(warp.disp, grid, np.asarray(np.linalg.inv(affine))),
-        jacobian=jacobian_determinant(warp.disp, fixed.affine),
+        before=as_array(resample(image, grid, affine)),
+        after=as_array(warp_image(image, disp, grid)),
+        disp=as_displacement(without_affine),
+        jacobian=as_array(jacobian_determinant(disp, grid.affine)),
         affine=fixed.affine,
         caption=row.id,
     )

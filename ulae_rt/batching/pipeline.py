@@ -11,15 +11,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any
 
 from ulae_rt.batching.pairs import Pair
 from ulae_rt.batching.results import ResultsFolder, Row
+from ulae_rt.clock import Clock
 from ulae_rt.errors import DiskFull, EngineMismatch, UlaeError
-from ulae_rt.imaging.transform import Deformation
 from ulae_rt.imaging.warpfile import WarpFormat
 from ulae_rt.messages import collected, collecting, libraries_redirected
-from ulae_rt.registrar import Clock, Method, PairT, TargetT, finish
+
+if TYPE_CHECKING:
+    from ulae_rt.imaging.transform import Deformation
+    from ulae_rt.registration.registrar import Method, Prepared, Target
 
 # Fixed scans that are kept: that of the pairs in hand, and the next one.
 TARGETS = 2
@@ -58,9 +61,9 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class _Ready(Generic[PairT]):
+class _Ready:
     pair: Pair
-    prepared: PairT
+    prepared: "Prepared"
     warnings: list[str]
 
 
@@ -94,7 +97,7 @@ def _signed(row: Row) -> Row:
     return replace(row, finished=now, host=socket.gethostname())
 
 
-class Pipeline(Generic[TargetT, PairT]):
+class Pipeline:
     """Registers pairs while others are read, prepared and written.
 
     Of everything that takes memory there is a limited number at a time, whatever the length of
@@ -110,7 +113,7 @@ class Pipeline(Generic[TargetT, PairT]):
 
     def __init__(
         self,
-        method: Method[TargetT, PairT],
+        method: "Method",
         folder: ResultsFolder,
         wanted: Wanted,
         *,
@@ -138,7 +141,7 @@ class Pipeline(Generic[TargetT, PairT]):
             EngineMismatch: the network fails every time.
         """
         coming = iter(pairs)
-        waiting: deque[Future[_Ready[PairT] | _Failed]] = deque()
+        waiting: deque[Future[_Ready | _Failed]] = deque()
         writing: set[Future[Row]] = set()
         # Enough that the network finds a full batch, and that every worker has something to do.
         ahead = self._batch_size + self._workers
@@ -146,7 +149,7 @@ class Pipeline(Generic[TargetT, PairT]):
         with (
             libraries_redirected(),
             collecting(),
-            ThreadPoolExecutor(self._workers, "pair") as pool,
+            ThreadPoolExecutor(self._workers, "pair", threads_of_its_own) as pool,
         ):
             try:
                 while True:
@@ -186,9 +189,9 @@ class Pipeline(Generic[TargetT, PairT]):
                 for future in waiting:
                     future.cancel()
 
-    def _ready(self, waiting: deque[Future[_Ready[PairT] | _Failed]]) -> list[_Ready[PairT]]:
+    def _ready(self, waiting: deque[Future[_Ready | _Failed]]) -> list[_Ready]:
         """Take what is prepared, whichever was first."""
-        ready: list[_Ready[PairT]] = []
+        ready: list[_Ready] = []
         for future in list(waiting):
             if len(ready) < self._batch_size and future.done():
                 result = future.result()
@@ -198,13 +201,13 @@ class Pipeline(Generic[TargetT, PairT]):
         return ready
 
     @staticmethod
-    def _failed(waiting: deque[Future[_Ready[PairT] | _Failed]]) -> Iterator[_Failed]:
+    def _failed(waiting: deque[Future[_Ready | _Failed]]) -> Iterator[_Failed]:
         for future in list(waiting):
             if future.done() and isinstance(result := future.result(), _Failed):
                 waiting.remove(future)
                 yield result
 
-    def _prepare(self, pair: Pair) -> _Ready[PairT] | _Failed:
+    def _prepare(self, pair: Pair) -> _Ready | _Failed:
         with collected() as warnings:
             try:
                 target, said, seconds = self._targets.get(pair.fixed)
@@ -215,9 +218,7 @@ class Pipeline(Generic[TargetT, PairT]):
             prepared.seconds["read fixed"] = seconds
         return _Ready(pair, prepared, [*said, *warnings])
 
-    def _deform(
-        self, ready: Sequence[_Ready[PairT]]
-    ) -> list[_Failed | tuple[_Ready[PairT], Deformation]]:
+    def _deform(self, ready: Sequence[_Ready]) -> "list[_Failed | tuple[_Ready, Deformation]]":
         start = time.perf_counter()
         try:
             found = self._method.deform([each.prepared for each in ready])
@@ -242,8 +243,10 @@ class Pipeline(Generic[TargetT, PairT]):
             each.prepared.seconds["network"] = took / len(ready)
         return list(zip(ready, found, strict=True))
 
-    def _finish(self, ready: _Ready[PairT], deformation: Deformation) -> Row:
+    def _finish(self, ready: _Ready, deformation: "Deformation") -> Row:
         pair = ready.pair
+        from ulae_rt.registration.registrar import finish  # loaded with the method
+
         with collected() as warnings:
             try:
                 result = finish(ready.prepared, deformation)
@@ -267,6 +270,8 @@ class Pipeline(Generic[TargetT, PairT]):
                         {stage: round(taken, 4) for stage, taken in clock.seconds.items()},
                         stats.similarity_before,
                         stats.similarity_after,
+                        stats.overlap,
+                        stats.verdict,
                         stats.folding_percent,
                         stats.folding_image_percent,
                         back,
@@ -290,15 +295,15 @@ class Pipeline(Generic[TargetT, PairT]):
         return {kind: f"pairs/{pair.id}/{kind}.nii.gz" for kind in kinds}
 
 
-class _Targets(Generic[TargetT]):
+class _Targets:
     """Fixed scans, each read once by whichever pair comes first."""
 
-    def __init__(self, method: Method[TargetT, PairT]) -> None:
+    def __init__(self, method: "Method") -> None:
         self._method = method
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Path, Future[tuple[TargetT, list[str]]]] = OrderedDict()
+        self._kept: OrderedDict[Path, Future[tuple[Target, list[str]]]] = OrderedDict()
 
-    def get(self, path: Path) -> tuple[TargetT, list[str], float]:
+    def get(self, path: Path) -> "tuple[Target, list[str], float]":
         """The scan, what was worth saying about it, and the seconds if it was read just now."""
         with self._lock:
             future = self._kept.get(path)
@@ -327,6 +332,13 @@ def grouped(pairs: Sequence[Pair]) -> list[Pair]:
     for number, pair in enumerate(pairs):
         first.setdefault(pair.fixed, number)
     return sorted(pairs, key=lambda pair: first[pair.fixed])
+
+
+def threads_of_its_own() -> None:
+    """Called in a thread that has a pair of its own: more threads would only wait for others."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def processors() -> int:

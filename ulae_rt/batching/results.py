@@ -17,6 +17,7 @@ from ulae_rt.batching.pairs import PATHS, Pair, Shard
 from ulae_rt.errors import OutputError, PairsError
 from ulae_rt.files import LOCK_FILE, lock_file
 from ulae_rt.imaging.nifti import output_error
+from ulae_rt.reports import VerdictName
 from ulae_rt.strict_json import parse_json
 
 PAIRS = "pairs"
@@ -36,11 +37,13 @@ class Row:
         inputs: its files by the list's columns.
         outputs: what was written, by kind, relative to the folder.
         seconds: by stage.
-        similarity_before, similarity_after: `ulae_rt.result.SIMILARITY`, through the affine alone
+        similarity_before, similarity_after: `ulae_rt.reports.SIMILARITY`, through the affine alone
             and in the end.
-        folding_percent, folding_image_percent: see `ulae_rt.result.Stats`.
-        inverse_consistency_mm: mean of `ulae_rt.result.Result.inverse_consistency`, where the
-            inverse was wanted.
+        overlap: of the two brains through the affine, Dice.
+        verdict: ``good``, ``doubtful`` or ``failed``; see `ulae_rt.registration.verdict`.
+        folding_percent, folding_image_percent: see `ulae_rt.registration.Stats`.
+        inverse_consistency_mm: mean of `ulae_rt.registration.Result.inverse_consistency`, where
+            the inverse was wanted.
         affine: (4, 4), fixed RAS mm to moving RAS mm.
         lncc_network, lncc_refined: local correlation before and after the refinement, where there
             was one; see `ulae_rt.reports.Refinement`.
@@ -58,6 +61,8 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     similarity_before: float | None = None
     similarity_after: float | None = None
+    overlap: float | None = None
+    verdict: str | None = None
     folding_percent: float | None = None
     folding_image_percent: float | None = None
     inverse_consistency_mm: float | None = None
@@ -152,11 +157,12 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "outputs": _is_texts,
     "seconds": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
     "affine": _is_matrix,
+    "verdict": lambda value: value is None or value in get_args(VerdictName),
     "warnings": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     **dict.fromkeys(
         (
-            "similarity_before", "similarity_after", "folding_percent", "folding_image_percent",
-            "inverse_consistency_mm", "lncc_network", "lncc_refined",
+            "similarity_before", "similarity_after", "overlap", "folding_percent",
+            "folding_image_percent", "inverse_consistency_mm", "lncc_network", "lncc_refined",
         ),
         _is_number_or_none,
     ),

@@ -3,15 +3,17 @@
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from ulae_rt.batching.results import Row
+from ulae_rt.reports import VerdictName
 
 # Of the similarity and the folding over all pairs.
 PERCENTILES = (5, 25, 50, 75, 95)
 FIGURES = (
     "similarity_before",
     "similarity_after",
+    "overlap",
     "folding_percent",
     "folding_image_percent",
     "inverse_consistency_mm",
@@ -33,6 +35,9 @@ def summary_of(rows: Sequence[Row]) -> dict[str, Any]:
         "pairs": len(rows),
         "done": len(done),
         "failed": len(failed),
+        "verdicts": {
+            name: sum(row.verdict == name for row in done) for name in get_args(VerdictName)
+        },
         "with_warnings": sum(bool(row.warnings) for row in rows),
         **{name: spread_of(_known(done, name)) for name in FIGURES},
         # Over the pairs that had the stage: of a shared fixed scan only one pair was the reader.

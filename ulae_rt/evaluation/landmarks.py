@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from ulae_rt.errors import EvaluationError
-from ulae_rt.imaging.grid import Grid, to_sitk
-from ulae_rt.imaging.transform import LPS_SIGNS, Displacement
+from ulae_rt.imaging.grid import LPS_SIGNS, Displacement, Grid
+from ulae_rt.imaging.transform import Field, in_mm
 from ulae_rt.strict_csv import csv_rows, decode_text, separator
 from ulae_rt.strict_json import parse_json
 
@@ -162,7 +161,7 @@ def target_registration_error(
             "give both scans the same landmarks, by the same ids",
         )
     to_index = np.linalg.inv(fixed.affine)
-    field = to_sitk(disp, fixed.affine)
+    field = Field(in_mm(disp))
     errors = {}
     for name, point in at.items():
         index = to_index[:3, :3] @ point + to_index[:3, 3]
@@ -172,7 +171,6 @@ def target_registration_error(
                 f"{np.round(index, 1).tolist()}",
                 "check that its coordinates are RAS mm in the world of the fixed scan",
             )
-        lps = (point * LPS_SIGNS).tolist()
-        moved = point + np.array(field.EvaluateAtPhysicalPoint(lps, sitk.sitkLinear))
+        moved = point + field(index[None, ::-1].copy())[0]
         errors[name] = float(np.linalg.norm(moved - to[name]))
     return errors

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ulae_rt.batching.pairs import Pair
@@ -13,14 +14,17 @@ from ulae_rt.errors import EvaluationError, GeometryError, ImageError, ShapeErro
 from ulae_rt.evaluation.landmarks import Points, read_landmarks, target_registration_error
 from ulae_rt.evaluation.protocol import Protocol
 from ulae_rt.evaluation.surface import UNIT, hd95_per_label
-from ulae_rt.imaging.grid import Affine, gap_mm, grid_of, with_background
+from ulae_rt.imaging.grid import Affine, Displacement, gap_mm, grid_of
+from ulae_rt.imaging.image import as_array, file_order, in_file_order, labels_of
 from ulae_rt.imaging.inverse import inverse_consistency
 from ulae_rt.imaging.labelmap import check_labels
 from ulae_rt.imaging.nifti import Volume, read_grid, read_volume
+from ulae_rt.imaging.preprocess import with_background_on_host
 from ulae_rt.imaging.transform import (
-    Displacement,
     add_affine,
+    as_displacement,
     folding,
+    in_mm,
     jacobian_determinant,
     warp_image,
 )
@@ -151,14 +155,14 @@ def evaluate_pair(
 
 def _read(pair: Pair, protocol: Protocol) -> _Scans:
     fixed = read_volume(pair.fixed)
-    cleaned = with_background(fixed)
+    cleaned = with_background_on_host(fixed)
     brain = np.asarray(cleaned.data > 0)
     labels = landmarks = None
     if pair.moving_labels is not None and pair.fixed_labels is not None:
         moving_map, fixed_map = _label_map(pair.moving_labels), _label_map(pair.fixed_labels)
         _check_same_grid(fixed_map, fixed)
         check_labels(fixed_map, cleaned)
-        check_labels(moving_map, with_background(read_volume(pair.moving)))
+        check_labels(moving_map, with_background_on_host(read_volume(pair.moving)))
         values, places = protocol.indexed(moving_map.data, fixed_map.data)
         there = [frozenset(np.flatnonzero(np.bincount(each.ravel())).tolist()) for each in places]
         shared = there[0] & there[1] - {0}
@@ -200,31 +204,35 @@ def _check_same_grid(one: Volume, other: Volume) -> None:
 
 def _measured(pair: Pair, scans: _Scans, registration: Registration) -> Case:
     disp = _displacement(scans.fixed, registration)
-    grid = grid_of(scans.fixed)
+    on_device = in_mm(disp)
+    grid = file_order(grid_of(scans.fixed))
     dice: dict[int, float] = {}
     hd95_mm: dict[int, float] = {}
     hd95_voxels: dict[int, float] = {}
     lost = 0
     if scans.labels is not None:
         labels, fixed = scans.labels.labels, scans.labels.fixed
-        moved = warp_image(scans.labels.moving, disp, grid, "nearest")
+        moved = as_array(warp_image(labels_of(scans.labels.moving), on_device, grid, "nearest"))
         places = range(1, len(labels) + 1)
         scores = dice_per_label(moved, fixed, places)
         gone = [k for k in scans.labels.shared if math.isnan(scores[k])]
         lost = len(gone)
         dice = {labels[k - 1]: 0.0 if k in gone else scores[k] for k in places}
         spacing = scans.fixed.spacing_mm
-        in_mm = hd95_per_label(moved, fixed, places, spacing)
+        hd95 = hd95_per_label(moved, fixed, places, spacing)
         # The same numbers, usually, and what takes the time.
         same = np.allclose(spacing, UNIT, rtol=0, atol=1e-6)
-        in_voxels = in_mm if same else hd95_per_label(moved, fixed, places, UNIT)
-        hd95_mm = {labels[k - 1]: v for k, v in in_mm.items()}
+        in_voxels = hd95 if same else hd95_per_label(moved, fixed, places, UNIT)
+        hd95_mm = {labels[k - 1]: v for k, v in hd95.items()}
         hd95_voxels = {labels[k - 1]: v for k, v in in_voxels.items()}
-    jacobian = jacobian_determinant(disp, scans.fixed.affine)
-    folds = folding(jacobian, scans.brain)
+    determinants = jacobian_determinant(on_device, grid.affine)
+    folds = folding(determinants, in_file_order(scans.brain))
+    jacobian = as_array(determinants)
     tre = {}
     if scans.landmarks is not None:
-        tre = target_registration_error(disp, grid, scans.landmarks.fixed, scans.landmarks.moving)
+        tre = target_registration_error(
+            disp, grid_of(scans.fixed), scans.landmarks.fixed, scans.landmarks.moving
+        )
     return Case(
         registration.method,
         pair.id,
@@ -245,8 +253,10 @@ def _measured(pair: Pair, scans: _Scans, registration: Registration) -> Case:
 
 def _displacement(fixed: Volume, registration: Registration) -> Displacement:
     if registration.affine is not None:
-        zero = np.zeros((*fixed.shape, 3), np.float32)
-        return add_affine(zero, grid_of(fixed), registration.affine)
+        grid = file_order(grid_of(fixed))
+        return as_displacement(
+            add_affine(torch.zeros(1, 3, *grid.shape), grid, registration.affine)
+        )
     if registration.warp is None:
         raise EvaluationError(
             "its warp was not written",

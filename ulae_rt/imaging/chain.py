@@ -15,9 +15,10 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from ulae_rt.errors import GeometryError, ImageError, UsageError
-from ulae_rt.imaging.grid import LPS, SAME_GRID_MM, Grid, from_sitk, grid_of, to_sitk
+from ulae_rt.imaging.grid import LPS, LPS_SIGNS, SAME_GRID_MM, Displacement, Grid, grid_of
+from ulae_rt.imaging.itk import from_sitk, to_sitk
 from ulae_rt.imaging.nifti import SUFFIXES, Volume, check_file
-from ulae_rt.imaging.transform import LPS_SIGNS, Displacement, resample_displacement
+from ulae_rt.imaging.transform import resample_displacement
 from ulae_rt.imaging.warpfile import NPZ, WarpFormat, read_warp, stated_format
 
 logger = logging.getLogger(__name__)

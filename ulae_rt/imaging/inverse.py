@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from ulae_rt.errors import ShapeError
-from ulae_rt.imaging.grid import Grid
-from ulae_rt.imaging.transform import Deformation, Displacement
+from ulae_rt.imaging.grid import Displacement, Grid
+from ulae_rt.imaging.transform import Deformation, Field, in_mm
 
 # Of the working grid's voxels. Interpolating the inverse between voxels costs more.
 TOLERANCE = 1e-3
@@ -59,7 +58,7 @@ def invert(deformation: Deformation, moving: Grid) -> Displacement:
         (X, Y, Z, 3) float32, RAS mm: moving point y comes from fixed point y + inv(y).
     """
     to_index = np.linalg.inv(deformation.affine @ deformation.grid.affine) @ moving.affine
-    voxels = _Field(deformation.disp)
+    voxels = Field(deformation.disp)
     planes = moving.shape[2]
     step = max(1, CHUNK // (moving.shape[0] * moving.shape[1]))
     out = np.empty((*moving.shape[::-1], 3), np.float32).transpose(2, 1, 0, 3)
@@ -74,25 +73,6 @@ def invert(deformation: Deformation, moving: Grid) -> Displacement:
     return out
 
 
-class _Field:
-    """A displacement (3, D, H, W) that can be asked for anywhere, in voxels of its grid."""
-
-    def __init__(self, disp: NDArray[np.float32]) -> None:
-        self._image = sitk.GetImageFromArray(disp.transpose(3, 2, 1, 0), isVector=True)
-        self._last = np.array(disp.shape[1:], np.float64) - 1
-
-    def __call__(self, points: Points) -> Points:
-        """Values at ``points`` (N, 3), clamped to the edges."""
-        # ITK samples at p + v(p): a row of N voxels, of which voxel n is told to look at point n.
-        to = np.clip(points, 0, self._last)
-        to[:, 0] -= np.arange(len(to))
-        row = sitk.GetImageFromArray(to[None, None], isVector=True)
-        warper = sitk.WarpImageFilter()
-        warper.SetInterpolator(sitk.sitkLinear)
-        warper.SetOutputParameteresFromImage(row)
-        return np.asarray(sitk.GetArrayFromImage(warper.Execute(self._image, row))[0, 0], float)
-
-
 def _points(grid: Grid, planes: range) -> Points:
     """(N, 3), the voxel indices of some planes of a grid."""
     x, y, _ = grid.shape
@@ -100,7 +80,7 @@ def _points(grid: Grid, planes: range) -> Points:
     return np.stack(axes, -1).reshape(-1, 3).astype(np.float64)
 
 
-def _solve(field: _Field, z: Points) -> Points:
+def _solve(field: Field, z: Points) -> Points:
     """The points s with s + field(s) = z, (N, 3), or the nearest to it that were found.
 
     Broyden's method, for every point its own: s moves by -H rest, and what that changed corrects
@@ -164,7 +144,7 @@ def inverse_consistency(
     inside = ((at >= -0.5) & (at <= np.array(moving.shape) - 0.5)).all(axis=1)
     if not inside.any():
         raise ShapeError("the warp leads nowhere into the moving image", "check the two grids")
-    back = _Field(inverse.transpose(3, 0, 1, 2))(at[inside])
+    back = Field(in_mm(inverse))(at[inside][:, ::-1].copy())
     error = np.linalg.norm(forward[mask][inside] + back, axis=1)
     return InverseConsistency(
         float(error.mean()),

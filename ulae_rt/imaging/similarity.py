@@ -1,9 +1,8 @@
 """How alike two images are."""
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 # Values are clipped this many widths (5th to 95th percentile) outside those two percentiles: no
 # brain reaches so far, and what does would decide alone.
@@ -12,27 +11,25 @@ REACH = 1.0
 STEP = 31
 
 
-def correlation(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """Pearson correlation of two arrays of one shape, -1 to 1; 0 where one of them is constant.
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson correlation of two tensors of one shape, -1 to 1; 0 where one of them is constant.
 
     In float64, of values clipped to `REACH` widths around their 5th to 95th percentile.
     """
     a, b = _centred(x), _centred(y)
-    # Not BLAS: its threads spin for longer than this takes when the cores are busy.
-    products = [float((p * q).sum()) for p, q in ((a, b), (a, a), (b, b))]
+    products = torch.stack([(p * q).sum() for p, q in ((a, b), (a, a), (b, b))]).tolist()
     norm = (products[1] * products[2]) ** 0.5
     return products[0] / norm if norm > 0 else 0.0
 
 
-def _centred(x: NDArray[Any]) -> NDArray[np.float64]:
-    """Clipped, less the mean, in units of the width."""
-    if x.size == 0:
-        return np.zeros(0)
-    values = x.astype(np.float64)
-    some = values.ravel()[:: STEP if x.size > 100 * STEP else 1]
-    low, high = np.quantile(some, (0.05, 0.95))
+def _centred(x: Tensor) -> Tensor:
+    """Clipped, less the mean, in units of the width; float64."""
+    values = x.flatten().double()
+    if values.numel() == 0:
+        return values
+    some = values[:: STEP if values.numel() > 100 * STEP else 1]
+    low, high = np.quantile(some.cpu().numpy(), (0.05, 0.95))
     if high > low:
         width = high - low
-        np.clip(values, low - REACH * width, high + REACH * width, out=values)
-        values /= width
-    return np.asarray(values - values.mean())
+        values = values.clamp(low - REACH * width, high + REACH * width).div_(width)
+    return values - values.mean()

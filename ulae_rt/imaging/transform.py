@@ -1,34 +1,21 @@
 """From the network's displacement to millimetres on the fixed image, and through it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
 from ulae_rt.errors import ShapeError
-from ulae_rt.imaging.grid import (
-    Affine,
-    Grid,
-    Interpolation,
-    from_sitk,
-    gap_mm,
-    reference,
-    to_sitk,
-)
-from ulae_rt.imaging.nifti import Volume
+from ulae_rt.imaging.grid import Affine, Displacement, Grid, Interpolation, gap_mm
+from ulae_rt.imaging.image import Image, file_order, matrix_between
+from ulae_rt.imaging.transfers import to_device, to_host
+from ulae_rt.kernels.sample_world.op import sample_world
+from ulae_rt.kernels.world_displacement.op import world_displacement
+from ulae_rt.kernels.world_jacobian.op import world_jacobian
 from ulae_rt.reports import Refinement
-
-Displacement = NDArray[np.float32]
-
-# RAS to LPS and back, by component.
-LPS_SIGNS = np.array([-1, -1, 1], np.float32)
-# A fixed image whose axes stray by less than this from the grid's, in voxels, end to end, is
-# on it: the rounding of a header.
-ALIGNED = 1e-3
-# Planes at a time, so that nine derivatives of the whole field are never held at once.
-SLAB = 16
 
 
 @dataclass(frozen=True)
@@ -41,51 +28,77 @@ class Deformation:
     left 3 x 3. u is interpolated linearly and clamped to its edge values outside the grid.
 
     Attributes:
-        disp: (3, D, H, W) float32, voxels of ``grid``, component i along axis i.
+        disp: (1, 3, D, H, W) float32, voxels of ``grid``, component i along axis i.
         grid: the working grid ``disp`` lies on.
         affine: (4, 4), fixed RAS mm to moving RAS mm.
         refinement: None where there was none.
     """
 
-    disp: NDArray[np.float32]
+    disp: Tensor
     grid: Grid
     affine: Affine
     refinement: Refinement | None = None
 
     def __post_init__(self) -> None:
-        if self.disp.shape != (3, *self.grid.shape):
+        if self.disp.shape != (1, 3, *self.grid.shape):
             raise ShapeError(
-                f"disp is {self.disp.shape}, expected {(3, *self.grid.shape)}: 3 components on "
-                "the working grid",
-                "give the network's output for one pair, without its batch axis",
+                f"disp is {tuple(self.disp.shape)}, expected {(1, 3, *self.grid.shape)}: 3 "
+                "components on the working grid",
+                "give the network's output for one pair",
             )
 
-    def network_part(self, fixed: Grid) -> Displacement:
-        """u_mm at every voxel of ``fixed``: (X, Y, Z, 3) float32, RAS mm, without the affine."""
-        u_mm = np.tensordot(self.grid.affine[:3, :3].astype(np.float32), self.disp, 1)
-        return _sample_clamped(u_mm, self.grid, fixed)
+    def network_part(self, fixed: Grid) -> Tensor:
+        """u_mm at every voxel of ``fixed``: (1, 3, D, H, W) float32, RAS mm, without the affine."""
+        return on_grid(self.disp, self.grid, fixed, self.grid.affine)
 
-    def sample(self, fixed: Grid) -> Displacement:
-        """moving(x) - x at every voxel of ``fixed``: (X, Y, Z, 3) float32, RAS mm."""
-        return add_affine(self.network_part(fixed), fixed, self.affine)
+    def sample(self, fixed: Grid) -> Tensor:
+        """moving(x) - x at every voxel of ``fixed``: (1, 3, D, H, W) float32, RAS mm."""
+        return on_grid(self.disp, self.grid, fixed, self.affine @ self.grid.affine, self.affine)
 
 
-def add_affine(network_part: Displacement, fixed: Grid, affine: Affine) -> Displacement:
-    """A (x + u) - x for ``network_part`` u (X, Y, Z, 3) on ``fixed``, RAS mm, in a new array."""
-    if np.array_equal(affine, np.eye(4)):
-        return network_part
-    linear = affine[:3, :3].astype(np.float32)
-    # (A - I) x in float64 a plane at a time: world coordinates of 300 mm leave float32 too little
-    from_index = (affine - np.eye(4)) @ fixed.affine
-    i, j, k = (np.arange(n, dtype=np.float64) for n in fixed.shape)
-    total = np.empty_like(network_part)
-    for plane in range(fixed.shape[2]):
-        moved = network_part[:, :, plane] @ linear.T
-        for row in range(3):
-            a, b, c, d = from_index[row]
-            moved[..., row] += (a * i)[:, None] + (b * j + (c * k[plane] + d))[None, :]
-        total[:, :, plane] = moved
-    return total
+def on_grid(
+    disp: Tensor,
+    grid: Grid,
+    fixed: Grid,
+    linear: Affine,
+    affine: Affine | None = None,
+) -> Tensor:
+    """A displacement sampled on another grid, clamped to its edges, with an affine after it.
+
+        out(x) = L u(x) + (A - I) x
+
+    Args:
+        disp: u, (1, 3, D, H, W) on ``grid``.
+        grid: where it lies.
+        fixed: where it is wanted.
+        linear: (4, 4), whose upper left 3 x 3 is L, and takes u to the units that are wanted.
+        affine: A, (4, 4), RAS mm to RAS mm; the identity by default.
+
+    Returns:
+        (1, 3, *fixed.shape) float32; RAS mm where there is an affine.
+    """
+    offset = np.zeros((4, 4)) if affine is None else (affine - np.eye(4)) @ fixed.affine
+    to_field = np.linalg.inv(grid.affine) @ fixed.affine
+    matrices = (
+        torch.from_numpy(matrix[None]).to(disp.device)
+        for matrix in (to_field[:3], linear[:3, :3], offset[:3])
+    )
+    return world_displacement(disp, *matrices, shape=fixed.shape)
+
+
+def add_affine(disp: Tensor, fixed: Grid, affine: Affine) -> Tensor:
+    """A (x + u) - x for a displacement u in RAS mm, (1, 3, D, H, W) on ``fixed``; a new tensor."""
+    return on_grid(disp, fixed, fixed, affine, affine)
+
+
+def in_mm(disp: Displacement, device: str | torch.device = "cpu") -> Tensor:
+    """(X, Y, Z, 3) RAS mm to (1, 3, Z, Y, X) on a device, in the order of a file's memory."""
+    return to_device(disp.transpose(3, 2, 1, 0), device)[None]
+
+
+def as_displacement(disp: Tensor) -> Displacement:
+    """(1, 3, Z, Y, X) RAS mm on any device to (X, Y, Z, 3), as NIfTI has it."""
+    return to_host(disp[0]).transpose(3, 2, 1, 0)
 
 
 def resample_displacement(disp: Displacement, grid: Grid, to: Grid) -> Displacement:
@@ -95,94 +108,40 @@ def resample_displacement(disp: Displacement, grid: Grid, to: Grid) -> Displacem
     """
     if grid.shape == to.shape and gap_mm(grid, to) == 0:
         return disp
-    return _sample_clamped(disp.transpose(3, 0, 1, 2), grid, to)
-
-
-def _sample_clamped(field: NDArray[np.float32], grid: Grid, fixed: Grid) -> Displacement:
-    """``field`` (3, D, H, W) on ``grid`` at the voxels of ``fixed``, clamped to its edges."""
-    step = np.linalg.inv(grid.affine) @ fixed.affine
-    along = np.abs(step[:3, :3]).argmax(axis=1)
-    rest = step[:3, :3].copy()
-    rest[np.arange(3), along] = 0
-    reach = float((np.abs(rest) @ np.array(fixed.shape)).max())
-    if sorted(along) == [0, 1, 2] and reach < ALIGNED:
-        return _sample_separably(field, step, along, fixed.shape)
-    # ITK has no clamping for vectors: the outermost layer is repeated as far out as the fixed
-    # image reaches instead.
-    corners = np.array(np.meshgrid(*([0, n - 1] for n in fixed.shape))).reshape(3, -1)
-    index = step[:3, :3] @ corners + step[:3, 3:]
-    last = np.array(grid.shape) - 1
-    before = np.ceil(np.maximum(0, -index.min(axis=1))).astype(int)
-    after = np.ceil(np.maximum(0, index.max(axis=1) - last)).astype(int)
-    image = sitk.ZeroFluxNeumannPad(
-        to_sitk(field.transpose(1, 2, 3, 0), grid.affine), before.tolist(), after.tolist()
-    )
-    sampled = sitk.Resample(image, reference(fixed), sitk.Transform(), sitk.sitkLinear)
-    return np.asarray(from_sitk(sampled), np.float32)
-
-
-def _sample_separably(
-    field: NDArray[np.float32], step: Affine, along: NDArray[np.intp], shape: tuple[int, int, int]
-) -> Displacement:
-    """`_sample_clamped` where each axis of the grid runs along one axis of the fixed image.
-
-    One axis after the other, which for the usual 1 mm image is copying: several times faster
-    than a general resampling.
-    """
-    # The axis that loses most voxels first, the one that gains most last.
-    for axis in np.argsort([shape[along[a]] / field.shape[a + 1] for a in range(3)]):
-        column, last = along[axis], field.shape[axis + 1] - 1
-        at = step[axis, column] * np.arange(shape[column]) + step[axis, 3]
-        nearest = np.rint(at)
-        at = np.clip(np.where(np.abs(at - nearest) < ALIGNED, nearest, at), 0, last)
-        below = at.astype(int)
-        weight = (at - below).astype(np.float32)
-        values = field.take(below, axis=axis + 1)
-        if weight.any():
-            above = field.take(np.minimum(below + 1, last), axis=axis + 1)
-            above -= values
-            above *= weight[(slice(None), *[None] * (2 - axis))]
-            values += above
-        field = values
-    # Components last and the first axis fastest, as ITK and NIfTI keep it.
-    out = np.empty((*shape[::-1], 3), np.float32).transpose(2, 1, 0, 3)
-    order = np.argsort(along)
-    for component in range(3):
-        out[..., component] = field[component].transpose(order)
-    return out
+    return as_displacement(on_grid(in_mm(disp), file_order(grid), file_order(to), np.eye(4)))
 
 
 def warp_image(
-    moving: Volume, disp: Displacement, fixed: Grid, interp: Interpolation = "linear"
-) -> NDArray[Any]:
+    moving: Image, disp: Tensor, fixed: Grid, interp: Interpolation = "linear"
+) -> Tensor:
     """Sample ``moving`` where the whole displacement points: its one and only interpolation.
 
         out(x) = moving(x + disp(x)),    0 outside moving
 
-    Done by ITK from the very numbers that the warp file holds, so that ITK's tools reading the
-    file find the same image.
+    From the very numbers that the warp file holds and by ITK's rule for the border, so that ITK's
+    tools reading the file find the same image.
 
     Args:
         moving: in its own space.
-        disp: (X, Y, Z, 3) float32, RAS mm, on ``fixed``.
+        disp: (1, 3, D, H, W) float32, RAS mm, on ``fixed``.
         fixed: the grid of the result.
-        interp: ``linear`` gives float32, ``nearest`` keeps the type (labels).
+        interp: ``linear``, or ``nearest`` for labels.
 
     Returns:
-        (X, Y, Z).
+        (1, 1, D, H, W) in the type of ``moving``.
     """
-    image = to_sitk(moving.data, moving.affine)
-    if interp == "linear":
-        image = sitk.Cast(image, sitk.sitkFloat32)
-    field = to_sitk(disp * LPS_SIGNS, fixed.affine)
-    method = sitk.sitkLinear if interp == "linear" else sitk.sitkNearestNeighbor
-    warper = sitk.WarpImageFilter()
-    warper.SetInterpolator(method)
-    warper.SetOutputParameteresFromImage(field)
-    return np.asarray(from_sitk(warper.Execute(image, field)))
+    to_index = torch.from_numpy(np.linalg.inv(moving.affine[:3, :3])[None]).to(disp.device)
+    return sample_world(
+        moving.voxels,
+        matrix_between(moving.affine, fixed, None, disp.device),
+        disp,
+        disp_matrix=to_index,
+        shape=fixed.shape,
+        mode=interp,
+    )
 
 
-def jacobian_determinant(disp: Displacement, affine: Affine) -> NDArray[np.float32]:
+def jacobian_determinant(disp: Tensor, affine: Affine) -> Tensor:
     """Local change of volume of x -> x + disp(x): 1 none, below 1 the moving image is expanded.
 
         det(I + d disp / d x) = det(S + d disp / d i) / det S
@@ -191,37 +150,14 @@ def jacobian_determinant(disp: Displacement, affine: Affine) -> NDArray[np.float
     faces, right for oblique, anisotropic and flipped grids.
 
     Args:
-        disp: (X, Y, Z, 3), RAS mm.
+        disp: (1, 3, D, H, W), RAS mm.
         affine: (4, 4) of its grid, voxel index to RAS mm.
 
     Returns:
-        (X, Y, Z) float32; 0 or less where the deformation folds.
+        (1, 1, D, H, W) float32; 0 or less where the deformation folds.
     """
-    if min(disp.shape[:3]) < 2:
-        raise ShapeError(
-            f"disp is {disp.shape}, expected at least 2 voxels along each axis", "give a volume"
-        )
-    step = affine[:3, :3].astype(np.float32)
-    scale = np.float32(1 / np.linalg.det(affine[:3, :3]))
-    out = np.empty(disp.shape[2::-1], np.float32).transpose(2, 1, 0)
-    planes = disp.shape[2]
-    for first in range(0, planes, SLAB):
-        stop = min(first + SLAB, planes)
-        low, high = max(first - 1, 0), min(stop + 1, planes)
-        slab = np.ascontiguousarray(disp[:, :, low:high].transpose(3, 2, 1, 0))
-        keep = slice(first - low, stop - low)
-        m = [
-            [
-                np.gradient(slab[row], axis=2 - column)[keep] + step[row, column]
-                for column in range(3)
-            ]
-            for row in range(3)
-        ]
-        det = m[0][0] * (m[1][1] * m[2][2] - m[1][2] * m[2][1])
-        det -= m[0][1] * (m[1][0] * m[2][2] - m[1][2] * m[2][0])
-        det += m[0][2] * (m[1][0] * m[2][1] - m[1][1] * m[2][0])
-        out[:, :, first:stop] = (det * scale).transpose(2, 1, 0)
-    return out
+    step = torch.from_numpy(affine[None, :3, :3]).to(disp.device)
+    return world_jacobian(disp, step)
 
 
 @dataclass(frozen=True)
@@ -232,11 +168,30 @@ class Folding:
     brain_percent: float
 
 
-def folding(jacobian: NDArray[np.float32], brain: NDArray[np.bool_]) -> Folding:
-    """Folded voxels, in percent of the whole image and of the ``brain`` mask."""
+def folding(jacobian: Tensor, brain: Tensor) -> Folding:
+    """Folded voxels, in percent of the whole image and of the ``brain`` mask of its shape."""
     folded = jacobian <= 0
-    inside = int(np.count_nonzero(brain))
-    return Folding(
-        100 * float(folded.mean()),
-        100 * float(np.count_nonzero(folded & brain)) / max(inside, 1),
-    )
+    counts = torch.stack([torch.count_nonzero(m) for m in (folded, folded & brain, brain)]).tolist()
+    return Folding(100 * counts[0] / folded.numel(), 100 * counts[1] / max(counts[2], 1))
+
+
+class Field:
+    """A displacement that can be asked for anywhere, clamped to its edges.
+
+    Args:
+        disp: (1, 3, D, H, W), any units.
+    """
+
+    def __init__(self, disp: Tensor) -> None:
+        self._disp = disp.double()
+        sizes = torch.tensor(disp.shape[2:], dtype=torch.float64, device=disp.device)
+        # From voxels to grid_sample's units, in which the outermost voxels end at -1 and 1.
+        self._scale, self._shift = 2 / sizes, 1 / sizes - 1
+
+    def __call__(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values (N, 3) at ``points`` (N, 3), voxels (d, h, w)."""
+        at = torch.from_numpy(points).to(self._disp.device) * self._scale + self._shift
+        values = F.grid_sample(
+            self._disp, at.flip(-1)[None, :, None, None], padding_mode="border", align_corners=False
+        )
+        return np.asarray(values[0, :, :, 0, 0].t().cpu().numpy())

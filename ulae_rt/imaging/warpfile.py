@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ulae_rt.arguments import PathLike, check_choice, path_of
 from ulae_rt.errors import GeometryError, ImageError, UsageError
-from ulae_rt.imaging.grid import Grid, gap_mm, grid_of
+from ulae_rt.imaging.grid import LPS_SIGNS, Displacement, Grid, gap_mm, grid_of
 from ulae_rt.imaging.nifti import (
     SUFFIXES,
     Outputs,
@@ -27,7 +27,6 @@ from ulae_rt.imaging.nifti import (
     save_image,
     volume_without_values,
 )
-from ulae_rt.imaging.transform import LPS_SIGNS, Displacement
 
 WarpFormat = Literal["itk", "ras", "voxel", "l2r"]
 WARP_FORMATS: tuple[WarpFormat, ...] = get_args(WarpFormat)

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from ulae_rt.conventions import FULL_SHAPE
 from ulae_rt.errors import ConfigError
-from ulae_rt.imaging.grid import NORMALISATION, Grid, gap_mm, grid_of
+from ulae_rt.imaging.grid import Grid, gap_mm, grid_of
 from ulae_rt.imaging.nifti import SUFFIXES, read_grid, read_volume
+from ulae_rt.imaging.preprocess import NORMALISATION
 from ulae_rt.kernels._separable import along_axes
 from ulae_rt.losses import Labels
 from ulae_rt.strict_csv import decode_text

@@ -18,7 +18,7 @@ from ulae_rt import __version__
 from ulae_rt.conventions import FULL_SHAPE, FULL_SPACING_MM
 from ulae_rt.errors import CheckpointError, ConfigError, OutputError, TrainingError, UlaeError
 from ulae_rt.files import locked_run
-from ulae_rt.imaging.grid import NORMALISATION
+from ulae_rt.imaging.preprocess import NORMALISATION
 from ulae_rt.losses import Loss
 from ulae_rt.manifest import sha256
 from ulae_rt.model import Metadata, UlaeNet, load_model, save_checkpoint

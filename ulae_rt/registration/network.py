@@ -155,7 +155,7 @@ _MOST_CAPTURED = 2
 
 
 def _open_weights(path: Path | None, device: str, precision: str) -> Engine:
-    # Here, not above: `register --engine` runs without torch.
+    # Here, not above: a command looks at its arguments before torch is loaded.
     torch = require("torch", "torch")
     require("safetensors", "torch")
     from ulae_rt.model import load_model

@@ -1,6 +1,6 @@
 """What a registration gives: images, warp and figures on the fixed grid, and their files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from ulae_rt.arguments import PathLike, path_of
 from ulae_rt.errors import UsageError
 from ulae_rt.imaging.grid import Affine, grid_of
+from ulae_rt.imaging.image import as_array, file_order, image_of, resample
 from ulae_rt.imaging.inverse import InverseConsistency, inverse_consistency, invert
-from ulae_rt.imaging.nifti import Outputs, Volume, image_on_grid, save_image
-from ulae_rt.imaging.transform import Deformation
-from ulae_rt.imaging.warpfile import Warp, WarpFormat, warp_suffixes, write_warp
-from ulae_rt.reports import Refinement
-
-SIMILARITY = "Pearson correlation inside the fixed brain"
+from ulae_rt.imaging.nifti import Volume, image_on_grid, save_image
+from ulae_rt.imaging.transform import Deformation, as_displacement
+from ulae_rt.imaging.warpfile import Warp, WarpFormat, write_warp
+from ulae_rt.registration.outputs import output_files
+from ulae_rt.reports import SIMILARITY, Refinement, VerdictName
 
 
 @dataclass
@@ -30,16 +30,20 @@ class Stats:
     Attributes:
         similarity_before: `SIMILARITY` of fixed and moving through the affine only, -1 to 1.
         similarity_after: the same of fixed and moved.
+        overlap: Dice of the two brains through the affine, 0 to 1.
         folding_percent: voxels of the fixed brain with a Jacobian determinant of 0 or less.
         folding_image_percent: the same of all voxels of the fixed image.
+        verdict: what the registration is worth, see `ulae_rt.registration.verdict`.
         refinement: how the network's displacement was improved; None where it was not asked for.
         seconds: wall-clock time of each stage.
     """
 
     similarity_before: float
     similarity_after: float
+    overlap: float
     folding_percent: float
     folding_image_percent: float
+    verdict: VerdictName
     refinement: Refinement | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -59,7 +63,6 @@ class Result:
         affine: (4, 4), fixed RAS mm to moving RAS mm.
         stats: similarity, folding and seconds.
         moved_labels: the moving label map in the fixed image's space, its type kept.
-        before: (X, Y, Z) float32, moving through the affine only.
         deformation: the network's displacement on its own grid, and the affine.
         fixed: the fixed image.
         moving: the moving image.
@@ -72,11 +75,16 @@ class Result:
     affine: Affine
     stats: Stats
     moved_labels: nib.Nifti1Image | None
-    before: NDArray[np.float32]
     deformation: Deformation
     fixed: Volume
     moving: Volume
     brain: NDArray[np.bool_]
+
+    @cached_property
+    def before(self) -> NDArray[np.float32]:
+        """(X, Y, Z), the moving image through the affine alone."""
+        grid = file_order(grid_of(self.fixed))
+        return as_array(resample(image_of(self.moving), grid, self.affine))
 
     @cached_property
     def inverse(self) -> Warp:
@@ -176,7 +184,7 @@ class Result:
             fixed=self.fixed.data,
             before=self.before,
             after=np.asanyarray(self.moved.dataobj),
-            disp=self.deformation.network_part(grid_of(self.fixed)),
+            disp=as_displacement(self.deformation.network_part(file_order(grid_of(self.fixed)))),
             jacobian=self.jacobian,
             affine=self.fixed.affine,
             caption=caption,
@@ -185,23 +193,3 @@ class Result:
 
 # Packing releases the interpreter; more threads than files that matter would only hold memory.
 WRITERS = 2
-
-
-def output_files(
-    paths: Mapping[str, Path],
-    warp_format: WarpFormat,
-    overwrite: bool,
-    inputs: Sequence[PathLike],
-) -> Outputs:
-    """Check the outputs of a registration, each named as its kind demands.
-
-    Args:
-        paths: by the name that `Result.save` has for them.
-        warp_format: of the warps.
-        overwrite: replace files that exist.
-        inputs: files that must not be written to.
-    """
-    warps = warp_suffixes(warp_format)
-    endings = {"qc": (".png",), "warp": warps, "inverse_warp": warps}
-    suffixes = {path: endings[kind] for kind, path in paths.items() if kind in endings}
-    return Outputs(paths.values(), overwrite=overwrite, inputs=inputs, suffixes=suffixes)
