@@ -18,8 +18,8 @@ from _support.project import ROOT
 from harness import carried
 from harness.evidence import rows
 from ulae_rt.conventions import FULL_SHAPE
-from ulae_rt.imaging.grid import NORMALISATION
 from ulae_rt.imaging.nifti import read_volume
+from ulae_rt.imaging.preprocess import NORMALISATION
 from ulae_rt.model import load_model
 from ulae_rt.model.checkpoint import read_torch
 from ulae_rt.training.config import read_config

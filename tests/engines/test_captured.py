@@ -15,7 +15,7 @@ from ulae_rt.engines.backends.captured import CapturedProgram
 from ulae_rt.engines.session import Engine
 from ulae_rt.errors import OutOfMemory
 from ulae_rt.manifest import ANY_BATCH
-from ulae_rt.network import TorchBackend
+from ulae_rt.registration.network import TorchBackend
 
 REFUSED = RuntimeError("operation not permitted when stream is capturing")
 

@@ -25,7 +25,7 @@ from ulae_rt.engines.backends import open_backend
 from ulae_rt.engines.machine import Gpu, gpus, machine_name
 from ulae_rt.errors import BackendUnavailable, EngineMismatch, UsageError
 from ulae_rt.manifest import ANY_BATCH, NOT_RUN, TOLERANCES, EngineMetadata, Manifest
-from ulae_rt.network import load_network
+from ulae_rt.registration.network import load_network
 
 H200 = Gpu("NVIDIA H200", 90)
 ADA = Gpu("NVIDIA L40S", 89)

@@ -20,7 +20,7 @@ from ulae_rt.engines.values import RANGE_SLACK
 from ulae_rt.errors import DtypeError, EngineMismatch, IntensityError, OutOfMemory, ShapeError
 from ulae_rt.export import pt2
 from ulae_rt.manifest import ANY_BATCH, EngineMetadata
-from ulae_rt.network import load_network
+from ulae_rt.registration.network import load_network
 
 METADATA = EngineMetadata("paper", SHAPE, 1.0, "max", "none", "CC0")
 GPU = "cuda:0"

@@ -13,7 +13,7 @@ from ulae_rt.engines import Engine, load_engine
 from ulae_rt.engines.values import RANGE_SLACK
 from ulae_rt.errors import DtypeError, EngineMismatch, IntensityError
 from ulae_rt.manifest import EngineMetadata
-from ulae_rt.network import load_network
+from ulae_rt.registration.network import load_network
 
 METADATA = EngineMetadata("paper", SHAPE, 1.0, "max", "none", "CC0")
 

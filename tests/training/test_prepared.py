@@ -12,7 +12,7 @@ from _support.brains import GEOMETRIES, save_brain
 from ulae_rt.cli import main
 from ulae_rt.conventions import FULL_SHAPE
 from ulae_rt.errors import ConfigError
-from ulae_rt.imaging.grid import NORMALISATION
+from ulae_rt.imaging.preprocess import NORMALISATION
 from ulae_rt.training.data import check_prepared, find_scans, load_labels, load_scan
 
 VALUES = np.zeros(FULL_SHAPE, np.uint8)
