@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from _support.engines import write_engine
 from ulae_rt.engines import load_engine, survey
 from ulae_rt.errors import EngineMismatch
-from ulae_rt.imaging import grid
+from ulae_rt.imaging import preprocess
 from ulae_rt.manifest import NORMALISATIONS, VARIANTS, Manifest
 from ulae_rt.model import ulae_net
 
@@ -102,7 +102,7 @@ def test_any_bytes_are_refused(folder, content):
 
 def test_names_are_those_of_the_model_and_of_the_images():
     assert VARIANTS == ulae_net.VARIANTS
-    assert NORMALISATIONS == grid.NORMALISATIONS
+    assert NORMALISATIONS == preprocess.NORMALISATIONS
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_what_hints_install_is_what_the_project_names():
     root = Path(__file__).resolve().parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     sources = [*root.glob("engines/**/*.py"), *root.glob("export/*.py")]
-    sources += [root / "ulae_rt" / name for name in ("doctor.py", "network.py")]
+    sources += [root / "ulae_rt" / name for name in ("doctor.py", "registration/network.py")]
     text = "\n".join(path.read_text() for path in sources)
     extras = set(re.findall(r"ulae-rt\[(\w[\w-]*)\]", text))
     assert {"torch", "gpu"} <= extras <= project["optional-dependencies"].keys()

@@ -270,8 +270,6 @@ class Pipeline:
                         {stage: round(taken, 4) for stage, taken in clock.seconds.items()},
                         stats.similarity_before,
                         stats.similarity_after,
-                        stats.overlap,
-                        stats.verdict,
                         stats.folding_percent,
                         stats.folding_image_percent,
                         back,
@@ -279,6 +277,8 @@ class Pipeline:
                         None if how is None else how.lncc_before,
                         None if how is None else how.lncc_after,
                         [*ready.warnings, *warnings],
+                        overlap=stats.overlap,
+                        verdict=stats.verdict,
                     )
                 )
                 self._folder.keep(row)

@@ -39,8 +39,6 @@ class Row:
         seconds: by stage.
         similarity_before, similarity_after: `ulae_rt.reports.SIMILARITY`, through the affine alone
             and in the end.
-        overlap: of the two brains through the affine, Dice.
-        verdict: ``good``, ``doubtful`` or ``failed``; see `ulae_rt.registration.verdict`.
         folding_percent, folding_image_percent: see `ulae_rt.registration.Stats`.
         inverse_consistency_mm: mean of `ulae_rt.registration.Result.inverse_consistency`, where
             the inverse was wanted.
@@ -52,6 +50,8 @@ class Row:
         traceback: where, if it was no fault of the files'.
         finished: UTC, ISO 8601.
         host: the machine.
+        overlap: of the two brains through the affine, Dice.
+        verdict: ``good``, ``doubtful`` or ``failed``; see `ulae_rt.registration.verdict`.
     """
 
     id: str
@@ -61,8 +61,6 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     similarity_before: float | None = None
     similarity_after: float | None = None
-    overlap: float | None = None
-    verdict: str | None = None
     folding_percent: float | None = None
     folding_image_percent: float | None = None
     inverse_consistency_mm: float | None = None
@@ -75,6 +73,8 @@ class Row:
     traceback: str = ""
     finished: str = ""
     host: str = ""
+    overlap: float | None = None
+    verdict: str | None = None
 
     def to_json(self) -> str:
         """One line; a number that is not finite, which JSON has not, becomes null."""
