@@ -119,7 +119,8 @@ def register_affine(
         raise GeometryError(
             f"affine alignment of {moving.name} failed: it scales volume by {determinant:.2f}, "
             f"expected {DETERMINANT[0]} to {DETERMINANT[1]}",
-            "use --affine com, and check that both images show one whole skull-stripped brain",
+            "use --affine com, and check that both images show one whole skull-stripped brain, and "
+            "that their voxel sizes are in mm",
         )
     return matrix
 
@@ -260,7 +261,8 @@ class _Pair:
         cut = _cut_faces(movings[-1])
         self.levels = [
             _level(m, f, resolution, cut)
-            for m, f, resolution in zip(movings, fixeds, resolutions, strict=False)
+            # The first of them, down to the finest that is asked for.
+            for resolution, m, f in zip(resolutions, movings, fixeds, strict=False)
         ]
         # Where the whole brain's centre may lie.
         self.centres = list(
